@@ -1,0 +1,1 @@
+"""Words: what a format, a rule, a plan is. No torch, no numpy."""

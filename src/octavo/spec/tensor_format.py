@@ -1,0 +1,270 @@
+"""Tensor formats: an element format, where its scales sit, and the format of those scales in turn.
+
+A scale tensor is a tensor, so it has a format of its own: the type is recursive. NVFP4 is E2M1 in
+groups of 16, scaled by (E4M3, scaled per tensor by fp32). The type states facts; ``numerics`` computes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from octavo.errors import UserError
+from octavo.spec.element import ELEMENTS, FP32, ElementFormat, IntFormat
+
+Shape = tuple[int, ...]
+
+
+class ScaleRule(Enum):
+    """How a scale follows from the largest absolute value of its block."""
+
+    AMAX = "amax"  # amax / element.max, rounded to the scale's own format
+    POWER_FLOOR = "power-floor"  # 2^(floor(log2 amax) - emax): OCP microscaling, may saturate
+    POWER_CEIL = "power-ceil"  # 2^ceil(log2(amax / element.max)): never saturates
+
+
+class Ragged(Enum):
+    """What becomes of a last group that is not full."""
+
+    REFUSE = "refuse"
+    PAD = "pad"
+
+
+@dataclass(frozen=True, slots=True)
+class PerTensor:
+    """One scale for the whole tensor."""
+
+    def scale_shape(self, shape: Shape) -> Shape:
+        """Always ``()``."""
+        return ()
+
+    def __str__(self) -> str:
+        return "per tensor"
+
+
+@dataclass(frozen=True, slots=True)
+class PerChannel:
+    """One scale for every index of ``axis`` (and of the axes before it, such as experts).
+
+    The default is the output axis of a weight ``(..., out_features, in_features)``.
+
+    >>> PerChannel().scale_shape((8, 96)), PerChannel().scale_shape((4, 8, 96))
+    ((8,), (4, 8))
+    """
+
+    axis: int = -2
+
+    def scale_shape(self, shape: Shape) -> Shape:
+        """The axes up to and including ``axis``."""
+        return shape[: self.axis % len(shape) + 1] if len(shape) > 1 else shape
+
+    def __str__(self) -> str:
+        return "per channel"
+
+
+@dataclass(frozen=True, slots=True)
+class PerToken:
+    """One scale for every vector along the last axis.
+
+    >>> PerToken().scale_shape((2, 7, 96))
+    (2, 7)
+    """
+
+    def scale_shape(self, shape: Shape) -> Shape:
+        """Every axis but the last."""
+        return shape[:-1]
+
+    def __str__(self) -> str:
+        return "per token"
+
+
+@dataclass(frozen=True, slots=True)
+class PerGroup:
+    """One scale for every ``size`` neighbours on the last axis.
+
+    >>> PerGroup(32).scale_shape((8, 96))
+    (8, 3)
+    """
+
+    size: int
+
+    def scale_shape(self, shape: Shape) -> Shape:
+        """The last axis counted in groups, rounded up."""
+        return (*shape[:-1], math.ceil(shape[-1] / self.size))
+
+    def __str__(self) -> str:
+        return f"groups of {self.size}"
+
+
+@dataclass(frozen=True, slots=True)
+class PerTile:
+    """One scale for every ``rows`` x ``cols`` tile of the last two axes.
+
+    >>> PerTile(128, 128).scale_shape((300, 256))
+    (3, 2)
+    """
+
+    rows: int
+    cols: int
+
+    def scale_shape(self, shape: Shape) -> Shape:
+        """The last two axes counted in tiles, rounded up."""
+        return (*shape[:-2], math.ceil(shape[-2] / self.rows), math.ceil(shape[-1] / self.cols))
+
+    def __str__(self) -> str:
+        return f"tiles of {self.rows}x{self.cols}"
+
+
+@dataclass(frozen=True, slots=True)
+class PerFlatGroup:
+    """One scale for every ``size`` neighbours of the flattened tensor (NF4, and its scales)."""
+
+    size: int
+
+    def scale_shape(self, shape: Shape) -> Shape:
+        """One axis: the number of values counted in groups, rounded up."""
+        return (math.ceil(math.prod(shape) / self.size),)
+
+    def __str__(self) -> str:
+        return f"flat groups of {self.size}"
+
+
+Granularity = PerTensor | PerChannel | PerToken | PerGroup | PerTile | PerFlatGroup
+_GRANULARITIES: dict[str, type] = {
+    "tensor": PerTensor,
+    "channel": PerChannel,
+    "token": PerToken,
+    "group": PerGroup,
+    "tile": PerTile,
+    "flat-group": PerFlatGroup,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFormat:
+    """``real = scale * (code value - zero_point) + offset``, block by block.
+
+    Args:
+        element: What one code means.
+        granularity: Which values share a scale.
+        scale: Format of the scales; ``None`` for a plain, unscaled tensor.
+        offset: Format of a per-block offset that is subtracted first; ``None`` for none.
+        zero_point: Element format of the zero points of an asymmetric format; ``None``: symmetric.
+        scale_rule: How scales follow from amax.
+        ragged: What becomes of a last group that is not full.
+    """
+
+    element: ElementFormat
+    granularity: Granularity = field(default_factory=PerTensor)
+    scale: TensorFormat | None = None
+    offset: TensorFormat | None = None
+    zero_point: IntFormat | None = None
+    scale_rule: ScaleRule = ScaleRule.AMAX
+    ragged: Ragged = Ragged.REFUSE
+
+    def __post_init__(self) -> None:
+        if self.zero_point is not None and not isinstance(self.element, IntFormat):
+            raise UserError(f"a zero point needs an integer element, not {self.element.name}: use int2..int8")
+
+    @property
+    def is_symmetric(self) -> bool:
+        """True without zero points."""
+        return self.zero_point is None
+
+    @property
+    def is_plain(self) -> bool:
+        """True for a tensor that is stored as it is, without scales."""
+        return self.scale is None
+
+    def stored_bytes(self, shape: Shape) -> int:
+        """Bytes of codes, scales, offsets and zero points of a tensor of ``shape``; each row of codes is padded to bytes.
+
+        >>> INT4_G128.stored_bytes((2, 256))
+        272
+        """
+        rows, width = math.prod(shape[:-1]), (shape[-1] if shape else 1)
+        total = rows * math.ceil(width * self.element.bits / 8)
+        scale_shape = self.granularity.scale_shape(shape)
+        for part in (self.scale, self.offset):
+            total += part.stored_bytes(scale_shape) if part is not None else 0
+        if self.zero_point is not None:
+            total += TensorFormat(self.zero_point).stored_bytes(scale_shape)
+        return total
+
+    def bits_per_element(self, shape: Shape) -> float:
+        """Stored bits per value, scales counted.
+
+        >>> NVFP4.bits_per_element((1024, 1024))
+        4.500030517578125
+        """
+        return 8 * self.stored_bytes(shape) / max(1, math.prod(shape))
+
+    def misfit(self, shape: Shape) -> str | None:
+        """Why a tensor of ``shape`` cannot have this format, with what would fit; ``None`` when it can."""
+        match self.granularity:
+            case PerGroup(size) if self.ragged is Ragged.REFUSE and shape[-1] % size:
+                fitting = [d for d in range(4, size) if shape[-1] % d == 0]
+                choice = ", ".join(map(str, fitting)) or "none below it"
+                return f"groups of {size} do not divide in_features={shape[-1]}; choose {choice}, or leave it out"
+            case PerTile() if len(shape) < 2:
+                return f"tiles need two axes, the tensor has shape {shape}"
+            case _:
+                return None
+
+    def __str__(self) -> str:
+        if self.is_plain:
+            return self.element.name
+        text = f"{self.element.name} {self.granularity}"
+        if not self.is_symmetric:
+            text += ", asymmetric"
+        if self.scale is not None and self.scale != PLAIN_FP32:
+            text += f", scales {self.scale}"
+        return text
+
+    def to_dict(self) -> dict[str, Any]:
+        """The format as plain JSON values; ``from_dict`` reads it back."""
+        kind = next(name for name, cls in _GRANULARITIES.items() if isinstance(self.granularity, cls))
+        sizes = {name: getattr(self.granularity, name) for name in self.granularity.__slots__}
+        return {
+            "element": self.element.name,
+            "granularity": {"kind": kind, **sizes},
+            "scale": self.scale.to_dict() if self.scale else None,
+            "offset": self.offset.to_dict() if self.offset else None,
+            "zero_point": self.zero_point.name if self.zero_point else None,
+            "scale_rule": self.scale_rule.value,
+            "ragged": self.ragged.value,
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> TensorFormat:
+        """The format that ``to_dict`` wrote.
+
+        Raises:
+            UserError: an unknown element, granularity or rule.
+        """
+        try:
+            granularity = dict(data["granularity"])
+            zero_point = ELEMENTS[data["zero_point"]] if data["zero_point"] else None
+            assert zero_point is None or isinstance(zero_point, IntFormat)
+            return cls(
+                element=ELEMENTS[data["element"]],
+                granularity=_GRANULARITIES[granularity.pop("kind")](**granularity),
+                scale=cls.from_dict(data["scale"]) if data["scale"] else None,
+                offset=cls.from_dict(data["offset"]) if data["offset"] else None,
+                zero_point=zero_point,
+                scale_rule=ScaleRule(data["scale_rule"]),
+                ragged=Ragged(data["ragged"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"not a tensor format: {data!r} ({type(error).__name__}: {error})") from error
+
+
+PLAIN_FP32 = TensorFormat(FP32)
+
+
+def scaled(element: ElementFormat, granularity: Granularity, *, asymmetric: bool = False) -> TensorFormat:
+    """``element`` with fp32 scales; with zero points of the same integers when ``asymmetric``."""
+    zero_point = element if asymmetric and isinstance(element, IntFormat) else None
+    return TensorFormat(element, granularity, scale=PLAIN_FP32, zero_point=zero_point)
