@@ -1,0 +1,1 @@
+"""Range finding and weight changing procedures."""

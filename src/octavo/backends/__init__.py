@@ -1,0 +1,1 @@
+"""Fused rounding and low-precision products behind one protocol."""

@@ -1,0 +1,1 @@
+"""Writers: a snapshot in, files out."""

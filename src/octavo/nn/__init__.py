@@ -1,0 +1,1 @@
+"""The torch door: quantizers in and around the modules of a model."""

@@ -1,0 +1,1 @@
+"""Sensitivity and allocation."""
