@@ -23,7 +23,7 @@ _FP32_MAGNITUDE = 0x7FFFFFFF  # everything but the sign
 def round_to(x: Tensor, element: ElementFormat) -> Tensor:
     """Nearest representable value of every entry, as fp32.
 
-    A tie goes to the even code; what lies outside the range, infinities included, saturates; NaN stays NaN.
+    A tie goes to the even code (E8M0: up); what lies outside the range, infinities included, saturates; NaN stays NaN.
     Zero results keep their sign in signed floats and are +0 elsewhere, so that ``decode(encode(.))`` gives the
     same bits. The fp32 element returns its input (infinities too).
 
@@ -83,7 +83,7 @@ def decode(codes: Tensor, element: ElementFormat) -> Tensor:
         return codes.float() * element.unit
     if isinstance(element, FloatFormat) and _torch_dtype(element) is not None:
         return codes.float()
-    return _table(element, codes.device)[codes.int()]
+    return _table(element, codes.device).index_select(0, codes.flatten().int()).view(codes.shape)
 
 
 def _round_int(y: Tensor, element: IntFormat) -> Tensor:
@@ -112,13 +112,15 @@ def _round_float(y: Tensor, element: FloatFormat) -> Tensor:
 
 
 def _round_power(y: Tensor, element: FloatFormat) -> Tensor:
-    """Unsigned powers of two (E8M0). What is not positive gives the smallest one."""
+    """Unsigned powers of two (E8M0): no even mantissa to go to, so a tie goes up, as in torch and ml_dtypes.
+
+    What is not positive gives the smallest one.
+    """
     y = y.clamp_(element.min, element.max)
     bits = y.view(torch.int32)
-    code = (bits + 0x3FFFFF + ((bits >> 23) & 1)) >> 23
-    code = torch.where(bits < 0x800000, (bits > 0x600000).int(), code)  # subnormals in fp32: 2^-127 alone fits
-    value = power_of_two(code - 127)
-    return torch.where(y.isnan(), y, value)
+    code = (bits + 0x400000) >> 23
+    code = torch.where(bits < 0x800000, (bits >= 0x600000).int(), code)  # subnormals in fp32: 2^-127 alone fits
+    return torch.where(y.isnan(), y, power_of_two(code - 127))
 
 
 def power_of_two(exponent: Tensor) -> Tensor:

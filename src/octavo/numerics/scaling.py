@@ -1,0 +1,269 @@
+"""Blocks, their ranges, and the scales that follow from them.
+
+A granularity says which values share a scale; the *blocks view* of a tensor is a reshape in which each such set
+fills whole axes. Legend: G groups along the last axis, S values in a group, R and C tiles of r rows and c columns.
+
+=================  ======================  ==================  =====================
+granularity        blocks view             axes of one block   scale shape
+=================  ======================  ==================  =====================
+PerTensor          as it is                all                 ``()``
+PerChannel(axis)   as it is                after ``axis``      up to ``axis``
+PerToken           as it is                last                all but the last
+PerGroup(S)        ``(..., G, S)``         last                ``(..., G)``
+PerTile(r, c)      ``(..., R, r, C, c)``   -3 and -1           ``(..., R, C)``
+PerFlatGroup(S)    ``(G, S)``              last                ``(G,)``
+=================  ======================  ==================  =====================
+
+Scales here are real-valued fp32; rounding them to their own format is ``qtensor``'s part.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import assert_never
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from octavo.errors import UserError
+from octavo.numerics.codec import power_of_two, round_owned
+from octavo.spec.element import ElementFormat, IntFormat
+from octavo.spec.tensor_format import (
+    Granularity,
+    PerChannel,
+    PerFlatGroup,
+    PerGroup,
+    PerTensor,
+    PerTile,
+    PerToken,
+    ScaleRule,
+    Shape,
+    TensorFormat,
+)
+
+Dims = tuple[int, ...]
+
+
+def to_blocks(x: Tensor, granularity: Granularity) -> tuple[Tensor, Dims]:
+    """The blocks view of ``x`` and the axes that one scale covers (none: every value has its own).
+
+    A copy is made only where a last group is not full: zeros fill it.
+
+    >>> blocks, dims = to_blocks(torch.ones(8, 96), PerGroup(32))
+    >>> tuple(blocks.shape), dims
+    ((8, 3, 32), (-1,))
+    """
+    match granularity:
+        case PerTensor():
+            return x, tuple(range(x.ndim))
+        case PerChannel() | PerToken():
+            return x, tuple(range(len(granularity.scale_shape(tuple(x.shape))), x.ndim))
+        case PerGroup(size):
+            return _split(_padded(x, -1, size), -1, size), (-1,)
+        case PerTile(rows, cols):
+            tiles = _padded(_padded(x, -1, cols), -2, rows)
+            return _split(_split(tiles, -1, cols), -3, rows), (-3, -1)
+        case PerFlatGroup(size):
+            return _split(_padded(x.flatten(), -1, size), -1, size), (-1,)
+        case _:
+            assert_never(granularity)
+
+
+def from_blocks(blocks: Tensor, granularity: Granularity, shape: Shape) -> Tensor:
+    """The tensor of ``shape`` whose blocks view is ``blocks``."""
+    match granularity:
+        case PerTensor() | PerChannel() | PerToken():
+            return blocks
+        case PerGroup():
+            return blocks.flatten(-2)[..., : shape[-1]]
+        case PerTile():
+            return blocks.flatten(-4, -3).flatten(-2)[..., : shape[-2], : shape[-1]]
+        case PerFlatGroup():
+            return blocks.flatten()[: math.prod(shape)].view(shape)
+        case _:
+            assert_never(granularity)
+
+
+def expand_scale(scale: Tensor, granularity: Granularity, shape: Shape) -> Tensor:
+    """``scale`` as a view that broadcasts against the blocks view of a tensor of ``shape``."""
+    match granularity:
+        case PerTensor():
+            return scale
+        case PerChannel() | PerToken():
+            return scale.reshape(*scale.shape, *(1 for _ in range(len(shape) - scale.ndim)))
+        case PerGroup() | PerFlatGroup():
+            return scale.unsqueeze(-1)
+        case PerTile():
+            return scale.unsqueeze(-2).unsqueeze(-1)
+        case _:
+            assert_never(granularity)
+
+
+def amax(x: Tensor, granularity: Granularity) -> Tensor:
+    """Largest absolute value of every block, fp32 of the scale's shape; 0 for an empty one, NaN where one is inside."""
+    blocks, dims = to_blocks(x.detach(), granularity)
+    if not blocks.numel():
+        return blocks.new_zeros(granularity.scale_shape(tuple(x.shape)), dtype=torch.float32)
+    return (blocks.abs().amax(dims) if dims else blocks.abs()).float()
+
+
+def min_max(x: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value of every block, fp32 of the scale's shape.
+
+    The last group counts a 0 where it is not full; an empty one is ``(0, 0)``.
+    """
+    blocks, dims = to_blocks(x.detach(), granularity)
+    if not blocks.numel():
+        zeros = blocks.new_zeros(granularity.scale_shape(tuple(x.shape)), dtype=torch.float32)
+        return zeros, zeros
+    if not dims:
+        return blocks.float(), blocks.float()
+    return blocks.amin(dims).float(), blocks.amax(dims).float()
+
+
+def scale_from_amax(amax: Tensor, fmt: TensorFormat) -> Tensor:
+    """Real-valued scales of a symmetric format, fp32, from the largest absolute value of every block.
+
+    ``AMAX``: ``amax / element.max``. ``POWER_FLOOR``: ``2^(floor(log2 amax) - floor(log2 element.max))``, the rule
+    of OCP microscaling formats 1.0, section 6.3. ``POWER_CEIL``: ``2^ceil(log2(amax / element.max))``. The two powers
+    are found by exponent arithmetic, exactly, and kept within 2^-127 .. 2^127.
+
+    Where ``amax`` is 0 (or so small that the quotient vanishes) every code is 0 whatever the scale: it is 1, or 0 where
+    the format scales its scales again, so that an empty block does not widen their range. Where ``amax`` is not finite
+    the scale is not finite either: callers check.
+
+    >>> from octavo.spec.formats import INT4_G128
+    >>> scale_from_amax(torch.tensor([14.0, 0.0]), INT4_G128).tolist()
+    [2.0, 1.0]
+    """
+    amax, top = amax.float(), fmt.element.max
+    match fmt.scale_rule:
+        case ScaleRule.AMAX:
+            scale = amax / top
+            return scale.masked_fill(scale == 0, _empty_scale(fmt))
+        case ScaleRule.POWER_FLOOR:
+            exponent = _exponent(amax) - (math.frexp(top)[1] - 1)
+        case ScaleRule.POWER_CEIL:
+            exceeds = (amax.view(torch.int32) & 0x7FFFFF) > (amax.new_tensor(top).view(torch.int32) & 0x7FFFFF)
+            exponent = _exponent(amax) - (math.frexp(top)[1] - 1) + exceeds.int()
+        case _:
+            assert_never(fmt.scale_rule)
+    scale = power_of_two(exponent.clamp(-127, 127))
+    scale = scale.masked_fill(amax == 0, _empty_scale(fmt))
+    return torch.where(amax.isfinite(), scale, amax)
+
+
+def scale_from_range(low: Tensor, high: Tensor, fmt: TensorFormat) -> tuple[Tensor, Tensor | None]:
+    """Scales and zero points from the range ``[low, high]`` of every block.
+
+    A symmetric format takes the larger magnitude and has no zero point. An asymmetric one extends the range to
+    contain 0, spreads its codes over it and rounds the zero point, so that 0 is exact. ``(0, 0)`` gives the scale
+    that ``scale_from_amax`` gives to 0.
+
+    Returns:
+        fp32 scales; int8 or uint8 zero points of the same shape, or ``None``.
+    """
+    if fmt.zero_point is None:
+        return scale_from_amax(torch.maximum(low.abs(), high.abs()), fmt), None
+    element = integer_element(fmt)
+    low, high = low.float().clamp(max=0), high.float().clamp(min=0)
+    # Halves, so that a range of twice the largest fp32 does not overflow.
+    scale = (high / 2 - low / 2) / ((element.max_code - element.min_code) / 2)
+    scale = scale.masked_fill(scale == 0, _empty_scale(fmt))
+    return scale, zero_point_from(low, scale, fmt)
+
+
+def zero_point_from(low: Tensor, scale: Tensor, fmt: TensorFormat) -> Tensor:
+    """The code of 0 when ``low``, at most 0, gets the smallest code: rounded and clamped, int8 or uint8."""
+    assert fmt.zero_point is not None, "only asymmetric formats have zero points"
+    points = integer_element(fmt).min_code - (low.float().clamp(max=0) / divisor(scale)).round()
+    points = points.clamp(fmt.zero_point.min_code, fmt.zero_point.max_code)
+    return points.to(torch.int8 if fmt.zero_point.is_signed else torch.uint8)
+
+
+def divisor(scale: Tensor) -> Tensor:
+    """``scale`` with 1 for 0: a block whose scale was rounded away becomes 0, not NaN."""
+    return scale.masked_fill(scale == 0, 1.0)
+
+
+def integer_element(fmt: TensorFormat) -> IntFormat:
+    """The element of an asymmetric format: ``TensorFormat`` admits zero points only with integers."""
+    assert isinstance(fmt.element, IntFormat)
+    return fmt.element
+
+
+def search_scale(x: Tensor, fmt: TensorFormat, *, steps: int = 40, smallest: float = 0.4) -> Tensor:
+    """Scales of a symmetric format that minimise each block's squared error over a fixed grid.
+
+    Candidates are the rule's scale times ``steps`` factors from 1 down to ``smallest``; for the power-of-two rules
+    they are its double, itself and its half. Ties keep the larger scale. Memory: a few times 2^20 values on top of
+    the input, or one row of blocks where that is more.
+
+    Args:
+        x: Weights, any shape that ``fmt`` fits.
+        fmt: Symmetric, with plain scales (fp32, fp16, e8m0 ...): scores are computed with the rounded scale.
+        steps: Number of factors.
+        smallest: The last of them.
+
+    Returns:
+        fp32 of the scale's shape, on the scale format's grid.
+
+    Raises:
+        UserError: the format has zero points or offsets, or its scales are scaled themselves.
+    """
+    if fmt.scale is None or not fmt.scale.is_plain or not fmt.is_symmetric or fmt.offset is not None:
+        raise UserError(f"no scale search for {fmt}: it works on symmetric formats whose scales are not scaled again")
+    shape = fmt.granularity.scale_shape(tuple(x.shape))
+    blocks, dims = to_blocks(x.detach(), fmt.granularity)
+    if not blocks.numel() or not dims:
+        return scale_from_amax(amax(x, fmt.granularity), fmt)
+    kept = [d for d in range(blocks.ndim) if d not in {d % blocks.ndim for d in dims}]
+    rows_NS = blocks.permute(*kept, *dims).reshape(math.prod(shape), -1)
+    chunk = max(1, (1 << 20) // rows_NS.shape[1])
+    factors = _factors(fmt, steps, smallest)
+    return torch.cat([_best_scale(rows.float(), fmt, factors) for rows in rows_NS.split(chunk)]).view(shape)
+
+
+def _factors(fmt: TensorFormat, steps: int, smallest: float) -> list[float]:
+    if fmt.scale_rule is not ScaleRule.AMAX:
+        return [1.0, 2.0, 0.5]
+    return torch.linspace(1.0, smallest, steps, dtype=torch.float64).tolist()
+
+
+def _best_scale(rows_NS: Tensor, fmt: TensorFormat, factors: list[float]) -> Tensor:
+    """``(N,)`` scale of each row with the smallest squared error."""
+    assert fmt.scale is not None
+    first = scale_from_amax(rows_NS.abs().amax(1), fmt)
+    best, best_error = first, torch.full_like(first, math.inf)
+    for factor in factors:
+        scale = round_owned(first * factor, fmt.scale.element)
+        error = _squared_error(rows_NS, scale.unsqueeze(1), fmt.element)
+        is_better = error < best_error
+        best, best_error = torch.where(is_better, scale, best), torch.where(is_better, error, best_error)
+    return best
+
+
+def _squared_error(rows_NS: Tensor, scale_N1: Tensor, element: ElementFormat) -> Tensor:
+    rounded = round_owned(rows_NS / scale_N1, element).mul_(scale_N1)
+    return rounded.sub_(rows_NS).square_().sum(1)
+
+
+def _empty_scale(fmt: TensorFormat) -> float:
+    return 1.0 if fmt.scale is None or fmt.scale.is_plain else 0.0
+
+
+def _exponent(x: Tensor) -> Tensor:
+    """``floor(log2 |x|)`` as int32; -127 for 0 and for every subnormal."""
+    return ((x.view(torch.int32) >> 23) & 0xFF) - 127
+
+
+def _padded(x: Tensor, dim: int, size: int) -> Tensor:
+    """``x`` with zeros up to the next multiple of ``size`` along ``dim`` (-1 or -2); itself when none is missing."""
+    missing = -x.shape[dim] % size
+    return pad(x, (0, missing) if dim == -1 else (0, 0, 0, missing)) if missing else x
+
+
+def _split(x: Tensor, dim: int, size: int) -> Tensor:
+    """``dim`` as two axes, the second of ``size``."""
+    return x.unflatten(dim, (x.shape[dim] // size, size))
