@@ -1,0 +1,135 @@
+"""Draws scenes by lot, and keeps training, calibration and test apart.
+
+A scene belongs to a split by what it shows: the hash of its objects, as they look and where they lie, decides. Two splits
+therefore share no scene, whatever the seeds, the background or the noise.
+"""
+
+from collections.abc import Callable
+from enum import Enum
+
+from octavo.demo.dice import Dice, fingerprint
+from octavo.demo.outlines import OUTLINES, TEXTURES
+from octavo.demo.pictures import SIZE, UNIT, Colour, Scene, Stroke, Thing
+
+COLOURS: dict[str, Colour] = {
+    "red": (205, 45, 45),
+    "orange": (235, 125, 30),
+    "yellow": (230, 210, 60),
+    "green": (60, 160, 70),
+    "teal": (40, 165, 165),
+    "blue": (55, 85, 205),
+    "purple": (130, 60, 175),
+    "pink": (235, 130, 175),
+    "brown": (130, 85, 50),
+    "white": (235, 235, 235),
+}
+SHAPES = tuple(OUTLINES)
+TEXTURE_NAMES = tuple(TEXTURES)
+SIZES = ("small", "large")
+
+_RADII = {"small": (5 * UNIT, 7 * UNIT), "large": (9 * UNIT, 11 * UNIT)}
+_SHADE = 20
+_TURN = 12
+
+Look = tuple[str, str, str, str]
+"""Shape, colour, texture, size."""
+
+
+class Split(Enum):
+    """What a scene may be used for."""
+
+    TRAINING = "training"
+    CALIBRATION = "calibration"
+    TEST = "test"
+
+
+_SHARES = (Split.TRAINING, Split.TRAINING, Split.CALIBRATION, Split.TEST)
+
+
+def scene_key(scene: Scene) -> str:
+    """The objects of ``scene``, as they look and where they lie, in words and integers."""
+    return "; ".join(
+        f"{t.size} {t.colour_name} {t.texture} {t.shape} at {t.x} {t.y} radius {t.radius} turn {t.turn} shift {t.shift}"
+        for t in scene.things
+    )
+
+
+def split_of(scene: Scene) -> Split:
+    """The one split that ``scene`` belongs to: half of all scenes are for training, a quarter for each other."""
+    return _SHARES[fingerprint(scene_key(scene)) % len(_SHARES)]
+
+
+def sample(split: Split, dice: Dice, compose: Callable[[Dice], Scene]) -> Scene:
+    """The first scene of ``split`` that ``compose`` brings."""
+    while True:
+        scene = compose(dice)
+        if split_of(scene) is split:
+            return scene
+
+
+def any_look(dice: Dice) -> Look:
+    """A look by lot."""
+    return dice.pick(SHAPES), dice.pick(tuple(COLOURS)), dice.pick(TEXTURE_NAMES), dice.pick(SIZES)
+
+
+def one_thing(dice: Dice, look: Look) -> Scene:
+    """A scene of one object that looks like ``look``, somewhere."""
+    low, high = 12 * UNIT, (SIZE - 12) * UNIT
+    return _surround(dice, (_thing(dice, look, x=dice.between(low, high), y=dice.between(low, high)),))
+
+
+def two_things(dice: Dice, look: Look, other: Look) -> Scene:
+    """A scene of two objects: the first is left of the second, or above it."""
+    near, far = dice.between(9 * UNIT, 15 * UNIT), dice.between(33 * UNIT, 39 * UNIT)
+    middle = SIZE * UNIT // 2
+    low, high = middle - 8 * UNIT, middle + 8 * UNIT
+    across, other_across = dice.between(low, high), dice.between(low, high)
+    if dice.chance(50):
+        return _surround(dice, (_thing(dice, look, x=near, y=across), _thing(dice, other, x=far, y=other_across)))
+    return _surround(dice, (_thing(dice, look, x=across, y=near), _thing(dice, other, x=other_across, y=far)))
+
+
+def _thing(dice: Dice, look: Look, *, x: int, y: int) -> Thing:
+    shape, colour_name, texture, size = look
+    return Thing(
+        shape=shape,
+        texture=texture,
+        size=size,
+        colour_name=colour_name,
+        colour=COLOURS[colour_name],
+        shade=_tint(dice, 0, 0, _SHADE),
+        x=x,
+        y=y,
+        radius=dice.between(*_RADII[size]),
+        turn=dice.between(-_TURN, _TURN),
+        shift=dice.between(-2 * UNIT, 2 * UNIT),
+    )
+
+
+def _tint(dice: Dice, low: int, high: int, spread: int) -> Colour:
+    """A grey from ``low`` to ``high``, each channel moved by up to ``spread``."""
+    grey = dice.between(low, high)
+    red, green, blue = (grey + dice.between(-spread, spread) for _ in range(3))
+    return red, green, blue
+
+
+def _surround(dice: Dice, things: tuple[Thing, ...]) -> Scene:
+    return Scene(
+        things=things,
+        strokes=tuple(_stroke(dice) for _ in range(dice.between(0, 3))),
+        background=(_tint(dice, 60, 180, 25), _tint(dice, 60, 180, 25)),
+        noise=dice.between(8, 48),
+        noise_seed=dice.bits(),
+    )
+
+
+def _stroke(dice: Dice) -> Stroke:
+    return Stroke(
+        x=dice.between(0, SIZE * UNIT),
+        y=dice.between(0, SIZE * UNIT),
+        length=dice.between(4 * UNIT, 14 * UNIT),
+        width=dice.between(UNIT // 2, 3 * UNIT // 2),
+        turn=dice.between(-64, 64),
+        colour=_tint(dice, 60, 190, 50),
+        in_front=dice.chance(50),
+    )
