@@ -1,0 +1,198 @@
+"""From a recipe and a model's facts to a plan: who gets what, and why. Pure.
+
+How rules combine, for every slot of every site:
+
+1. Rules apply in order; the last one that says something about a slot wins. A scheme says something about the slots
+   that it names, a ``leave`` about every slot that its patterns select.
+2. A pattern that matches a site selects all its slots; one that matches a quantizer's name selects that slot.
+3. A norm's input is the residual stream: a scheme reaches a norm only through a pattern that matches norms and nothing
+   else (``operation:norm``, ``*.layer_norm1``), never through a broad one (``*input_quantizer``).
+4. A site with an obstacle stays as it is, and says why. A site that uses another's parameter is decided there.
+5. Every pattern of a rule must match something, and every slot of a scheme must exist at one of the selected sites,
+   unless the rule is optional. A format that does not fit a weight, and a recipe that quantizes nothing, are errors.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from octavo.errors import UserError
+from octavo.spec.facts import QUANTIZER_NAMES, ModelFacts, SiteFacts, Slot
+from octavo.spec.plan import Decision, Plan, QuantizerSpec
+from octavo.spec.recipe import Recipe
+from octavo.spec.rule import Leave, Rule
+from octavo.spec.select import Pattern, no_match_message, parse_pattern
+
+_MOST_MISFITS = 3
+
+
+def resolve(recipe: Recipe, facts: ModelFacts, target: str = "") -> Plan:
+    """Decide every site of a model.
+
+    Raises:
+        UserError: a pattern matches nothing, a slot exists nowhere, formats do not fit, or nothing is quantized.
+    """
+    rules = [_bind(recipe, index, facts) for index in range(len(recipe.rules))]
+    decisions = tuple(_decide(site, rules) for site in facts.sites)
+    _refuse_misfits(decisions)
+    plan = Plan(facts, recipe.name, decisions, target, tuple(_warnings(rules, facts)))
+    if not plan.quantizers():
+        raise UserError(_nothing_quantized(plan))
+    return plan
+
+
+@dataclass(frozen=True, slots=True)
+class _BoundRule:
+    """A rule compared with the whole model: site name -> slot -> the pattern that selects it."""
+
+    rule: Rule
+    origin: str
+    patterns: tuple[Pattern, ...]
+    specs: dict[Slot, QuantizerSpec]
+    reached: dict[str, dict[Slot, Pattern]]
+
+
+def _bind(recipe: Recipe, index: int, facts: ModelFacts) -> _BoundRule:
+    rule, origin = recipe.rules[index], recipe.origin(index)
+    patterns = tuple(map(parse_pattern, rule.select))
+    reached: dict[str, dict[Slot, Pattern]] = {}
+    for pattern in patterns:
+        sites = [site for site in facts.sites if pattern.matches(site)]
+        if not sites and not rule.is_optional:
+            raise UserError(no_match_message(pattern, facts.sites, origin) + _untraced(pattern, facts))
+        may_reach_norms = isinstance(rule.action, Leave) or all(site.operation == "norm" for site in sites)
+        for site in sites:
+            slots = pattern.matching_slots(site) if may_reach_norms or site.operation != "norm" else ()
+            reached[site.name] = dict.fromkeys(slots, pattern) | reached.get(site.name, {})
+    scheme = {} if isinstance(rule.action, Leave) else rule.action
+    specs = {slot: recipe.quantizer(slot, wanted) for slot, wanted in scheme.items()}
+    bound = _BoundRule(rule, origin, patterns, specs, reached)
+    if not rule.is_optional:
+        _refuse_absent_slots(bound, [site for site in facts.sites if site.name in reached])
+    return bound
+
+
+def _untraced(pattern: Pattern, facts: ModelFacts) -> str:
+    if facts.was_traced or not any(word in pattern.text for word in ("attention", "bmm", "softmax")):
+        return ""
+    return " (attention calls are only seen in a forward pass, and none was traced)"
+
+
+def _refuse_absent_slots(bound: _BoundRule, sites: Sequence[SiteFacts]) -> None:
+    there = dict.fromkeys(slot for site in sites for slot in bound.reached[site.name])
+    for slot in bound.specs:
+        if slot not in there:
+            way_out = f"what it may give is {', '.join(s.value for s in there)}" if there else _why_nothing(sites)
+            raise UserError(
+                f"{bound.origin}: none of the {len(sites)} sites that {' or '.join(map(repr, bound.rule.select))} "
+                f"matches lets a rule give it {slot.value!r}; {way_out}"
+            )
+
+
+def _why_nothing(sites: Sequence[SiteFacts]) -> str:
+    if any(site.operation == "norm" for site in sites):
+        return "norms are only reached by a pattern that matches nothing else, such as 'operation:norm'"
+    obstacle = next((f"{site.name!r}: {site.obstacle}" for site in sites if site.obstacle), "")
+    return obstacle or "nothing there takes a quantizer"
+
+
+@dataclass(slots=True)
+class _Draft:
+    """What rules have said about one site so far."""
+
+    given: dict[Slot, tuple[QuantizerSpec, str]] = field(default_factory=dict)
+    left: dict[Slot, tuple[str, str]] = field(default_factory=dict)
+
+    def give(self, slot: Slot, spec: QuantizerSpec, rule: str) -> None:
+        self.left.pop(slot, None)
+        self.given[slot] = (spec, rule)
+
+    def leave(self, slot: Slot, why: str, rule: str) -> None:
+        self.given.pop(slot, None)
+        self.left[slot] = (why, rule)
+
+
+def _decide(site: SiteFacts, rules: Sequence[_BoundRule]) -> Decision:
+    if site.tied_to:
+        return Decision(site, {}, why=f"tied to {site.tied_to}")
+    draft = _Draft()
+    wanted: set[Slot] = set()
+    for bound in rules:
+        if site.name in bound.reached:
+            _apply(bound, site, draft)
+            wanted.update(draft.given)
+    if site.obstacle and (draft.given or not draft.left):
+        return Decision(site, {}, why=site.obstacle)
+    scheme = {slot: draft.given[slot][0] for slot in site.slots if slot in draft.given}
+    left = {slot: draft.left[slot] for slot in site.slots if slot in draft.left and (slot in wanted or not scheme)}
+    if scheme:
+        rule = " + ".join(dict.fromkeys(draft.given[slot][1] for slot in scheme))
+        return Decision(site, scheme, rule, _partly_left(left))
+    if left:
+        why, rule = next(iter(left.values()))
+        return Decision(site, {}, rule, why)
+    return Decision(site, {}, why=_unselected(site))
+
+
+def _apply(bound: _BoundRule, site: SiteFacts, draft: _Draft) -> None:
+    for slot, pattern in bound.reached[site.name].items():
+        name = f"{bound.origin} ({pattern.text})"
+        if isinstance(bound.rule.action, Leave):
+            why = bound.rule.action.why
+            draft.leave(slot, f"left by {bound.origin}: {why}" if why else f"left by {name}", name)
+        elif slot in bound.specs:
+            draft.give(slot, bound.specs[slot], name)
+
+
+def _partly_left(left: dict[Slot, tuple[str, str]]) -> str:
+    return "; ".join(f"{QUANTIZER_NAMES[slot]} {why}" for slot, (why, _) in left.items())
+
+
+def _unselected(site: SiteFacts) -> str:
+    if site.operation == "norm":
+        return "norm: not quantized unless a rule names it"
+    if not site.slots:
+        return "nothing here takes a quantizer"
+    return f"no rule selects {site.operation}"
+
+
+def _refuse_misfits(decisions: Sequence[Decision]) -> None:
+    misfits = []
+    for decision in decisions:
+        if decision.weight is not None and decision.site.weight_shape:
+            problem = decision.weight.format.misfit(decision.site.weight_shape)
+            if problem is not None:
+                name = decision.site.name
+                reason = problem.removesuffix(", or leave it out")
+                misfits.append(f"layer {name!r}: {reason}, or leave it out with a rule (--leave {name!r})")
+    if misfits:
+        more = len(misfits) - _MOST_MISFITS
+        rest = [f"and {more} more layers that do not fit; one pattern may leave out many"] if more > 0 else []
+        raise UserError("\n".join([*misfits[:_MOST_MISFITS], *rest]))
+
+
+def _warnings(rules: Sequence[_BoundRule], facts: ModelFacts) -> list[str]:
+    """Things that are allowed, but that a user should know."""
+    by_name = {site.name: site for site in facts.sites}
+    found = []
+    for bound in rules:
+        if isinstance(bound.rule.action, Leave):
+            continue
+        what = f"{bound.origin} ({', '.join(bound.rule.select)})"
+        if not bound.reached:
+            untraced = _untraced(bound.patterns[0], facts)
+            found.append(f"{what} matches nothing in this model{untraced}")
+        elif all(by_name[name].tied_to for name in bound.reached):
+            owners = ", ".join(sorted({by_name[name].tied_to for name in bound.reached}))
+            found.append(f"{what} changes nothing: the parameter is decided where it lives, at {owners}")
+        elif all(by_name[name].obstacle for name in bound.reached):
+            found.append(f"{what} changes nothing: {by_name[min(bound.reached)].obstacle}")
+    return found
+
+
+def _nothing_quantized(plan: Plan) -> str:
+    counts = Counter(decision.why for decision in plan.decisions)
+    reasons = "; ".join(f"{number} x {why}" for why, number in counts.most_common(5)) or "it has no sites"
+    return f"recipe {plan.recipe!r} quantizes nothing in {plan.facts.model!r}: {reasons}"
