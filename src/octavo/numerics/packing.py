@@ -30,7 +30,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return codes.view(torch.uint8)
     n, (per_cycle, cycle_bytes) = codes.shape[-1], _cycle(bits)
-    lanes = pad(codes.view(torch.uint8), (0, -n % per_cycle)).unflatten(-1, (-1, per_cycle)) & ((1 << bits) - 1)
+    filled = pad(codes.view(torch.uint8), (0, -n % per_cycle)).bitwise_and((1 << bits) - 1)
+    lanes = filled.reshape(*codes.shape[:-1], filled.shape[-1] // per_cycle, per_cycle)
     out = lanes.new_zeros((*lanes.shape[:-1], cycle_bytes))
     for lane in range(per_cycle):
         byte, shift = divmod(lane * bits, 8)
@@ -61,18 +62,19 @@ def unpack(packed: Tensor, bits: int, n: int, *, signed: bool) -> Tensor:
     if bits == 8:
         return packed.view(torch.int8) if signed else packed
     per_cycle, cycle_bytes = _cycle(bits)
-    cycles = pad(packed, (0, -packed.shape[-1] % cycle_bytes)).unflatten(-1, (-1, cycle_bytes))
+    filled = pad(packed, (0, -packed.shape[-1] % cycle_bytes))
+    cycles = filled.reshape(*packed.shape[:-1], filled.shape[-1] // cycle_bytes, cycle_bytes)
     out = cycles.new_empty((*cycles.shape[:-1], per_cycle))
     for lane in range(per_cycle):
         byte, shift = divmod(lane * bits, 8)
         out[..., lane] = cycles[..., byte] >> shift
         if shift + bits > 8:
             out[..., lane] |= cycles[..., byte + 1] << (8 - shift)
-    codes = out.flatten(-2)[..., :n] & ((1 << bits) - 1)
+    codes = out.flatten(-2)[..., :n].bitwise_and((1 << bits) - 1)
     if not signed:
         return codes
     sign = 1 << (bits - 1)
-    return ((codes ^ sign) - sign).view(torch.int8)  # wraps in uint8, which is the two's complement we want
+    return codes.bitwise_xor(sign).sub(sign).view(torch.int8)  # wraps in uint8: two's complement
 
 
 def _cycle(bits: int) -> tuple[int, int]:

@@ -222,7 +222,7 @@ def search_scale(x: Tensor, fmt: TensorFormat, *, steps: int = 40, smallest: flo
     rows_NS = blocks.permute(*kept, *dims).reshape(math.prod(shape), -1)
     chunk = max(1, (1 << 20) // rows_NS.shape[1])
     factors = _factors(fmt, steps, smallest)
-    return torch.cat([_best_scale(rows.float(), fmt, factors) for rows in rows_NS.split(chunk)]).view(shape)
+    return torch.cat([_best_scale(rows.float(), fmt, factors) for rows in torch.split(rows_NS, chunk)]).view(shape)
 
 
 def _factors(fmt: TensorFormat, steps: int, smallest: float) -> list[float]:
@@ -266,4 +266,5 @@ def _padded(x: Tensor, dim: int, size: int) -> Tensor:
 
 def _split(x: Tensor, dim: int, size: int) -> Tensor:
     """``dim`` as two axes, the second of ``size``."""
-    return x.unflatten(dim, (x.shape[dim] // size, size))
+    at = dim % x.ndim
+    return x.reshape(*x.shape[:at], x.shape[at] // size, size, *x.shape[at + 1 :])

@@ -5,15 +5,15 @@ from __future__ import annotations
 import difflib
 
 from octavo.errors import UserError
-from octavo.spec.element import E2M1, E4M3, E5M2, INT2, INT3, INT4, INT5, INT6, INT7, INT8, IntFormat
+from octavo.spec.element import E2M1, E4M3, E5M2, INT2, INT3, INT4, INT5, INT6, INT7, INT8, ElementFormat, IntFormat
 from octavo.spec.tensor_format import PLAIN_FP32, PerChannel, PerGroup, PerTensor, PerToken, TensorFormat, scaled
 
-_INTEGERS: tuple[IntFormat, ...] = (INT2, INT3, INT4, INT5, INT6, INT7, INT8)
+_SCALED: tuple[ElementFormat, ...] = (INT2, INT3, INT4, INT5, INT6, INT7, INT8, E4M3, E5M2)
 
 
 def _catalogue() -> dict[str, TensorFormat]:
     formats: dict[str, TensorFormat] = {}
-    for element in (*_INTEGERS, E4M3, E5M2):
+    for element in _SCALED:
         for suffix, granularity in (
             ("tensor", PerTensor()),
             ("channel", PerChannel()),

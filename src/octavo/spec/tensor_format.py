@@ -179,8 +179,9 @@ class TensorFormat:
         return self.scale is None
 
     def stored_bytes(self, shape: Shape) -> int:
-        """Bytes of codes, scales, offsets and zero points of a tensor of ``shape``; each row of codes is padded to bytes.
+        """Bytes of codes, scales, offsets and zero points of a tensor of ``shape``; rows of codes end on a byte.
 
+        >>> from octavo.spec.formats import INT4_G128
         >>> INT4_G128.stored_bytes((2, 256))
         272
         """
@@ -196,6 +197,7 @@ class TensorFormat:
     def bits_per_element(self, shape: Shape) -> float:
         """Stored bits per value, scales counted.
 
+        >>> from octavo.spec.formats import NVFP4
         >>> NVFP4.bits_per_element((1024, 1024))
         4.500030517578125
         """
