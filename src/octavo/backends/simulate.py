@@ -1,0 +1,103 @@
+"""The one operator of simulation: ``octavo::fake_quantize``.
+
+An opaque operator with a straight-through gradient: ``torch.compile`` and ``torch.export`` carry it as one node.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from octavo.backends.base import Backend
+from octavo.backends.inplace import InPlaceBackend
+from octavo.numerics import qtensor
+from octavo.numerics.scaling import (
+    amax,
+    expand_scale,
+    from_blocks,
+    min_max,
+    scale_from_amax,
+    scale_from_range,
+    to_blocks,
+)
+from octavo.spec.tensor_format import TensorFormat
+
+BACKENDS: tuple[Backend, ...] = (InPlaceBackend(),)
+"""Tried in order; what none of them takes is computed by ``numerics``."""
+
+_LIBRARY = torch.library.Library("octavo", "DEF")
+_LIBRARY.define("fake_quantize(Tensor x, Tensor? scale, Tensor? zero_point, str format) -> Tensor")
+
+
+@lru_cache(maxsize=1024)
+def format_key(fmt: TensorFormat) -> str:
+    """``fmt`` as the text that the operator carries in graphs."""
+    return json.dumps(fmt.to_dict(), sort_keys=True)
+
+
+@lru_cache(maxsize=1024)
+def _format(key: str) -> TensorFormat:
+    return TensorFormat.from_dict(json.loads(key))
+
+
+def fake_quantize(x: Tensor, key: str, scale: Tensor | None, zero_point: Tensor | None = None) -> Tensor:
+    """Real values to real values on the grid of a format, with a straight-through gradient.
+
+    Args:
+        x: Any shape, floating point.
+        key: The format, as ``format_key`` gives it.
+        scale: Of ``granularity.scale_shape(x.shape)``; ``None`` finds it from ``x`` (dynamic).
+        zero_point: Integers of the scale's shape, ``None`` when symmetric or dynamic.
+
+    Returns:
+        Shape and dtype of ``x``. The gradient is 1 inside the range of the format and 0 outside it
+        (arXiv:1308.3432; clipped as in LSQ, arXiv:1902.08153, equation 3).
+    """
+    out: Tensor = torch.ops.octavo.fake_quantize(x, scale, zero_point, key)
+    return out
+
+
+def _compute(x: Tensor, scale: Tensor | None, zero_point: Tensor | None, format: str) -> Tensor:
+    fmt = _format(format)
+    backend = next((b for b in BACKENDS if b.supports(x, fmt).ok), None)
+    if backend is None or x.numel() == 0:
+        return qtensor.fake_quantize(x, fmt, scale=scale, zero_point=zero_point)
+    if scale is None:
+        scale, zero_point = range_of(x, fmt)
+    return backend.fake_quantize(x, fmt, scale, zero_point)
+
+
+def range_of(x: Tensor, fmt: TensorFormat) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point (``None`` when symmetric) that cover all of ``x``, of the format's scale shape."""
+    if fmt.is_symmetric:
+        return scale_from_amax(amax(x, fmt.granularity), fmt), None
+    return scale_from_range(*min_max(x, fmt.granularity), fmt)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, scale, zero_point, key = inputs
+    ctx.format = key
+    ctx.is_static = scale is not None
+    if ctx.is_static:
+        ctx.save_for_backward(x, scale, zero_point)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:
+    if not ctx.is_static:
+        return grad, None, None, None
+    x, scale, zero_point = ctx.saved_tensors
+    fmt, shape = _format(ctx.format), tuple(x.shape)
+    values = to_blocks(x.float(), fmt.granularity)[0] / expand_scale(scale, fmt.granularity, shape)
+    if zero_point is not None:
+        values = values + expand_scale(zero_point.float(), fmt.granularity, shape)
+    inside = (values >= fmt.element.min) & (values <= fmt.element.max)
+    return grad * from_blocks(inside, fmt.granularity, shape), None, None, None
+
+
+_LIBRARY.impl("fake_quantize", _compute, "CompositeExplicitAutograd")
+torch.library.register_fake("octavo::fake_quantize", lambda x, scale, zero_point, format: torch.empty_like(x))
+torch.library.register_autograd("octavo::fake_quantize", _backward, setup_context=_setup_context)

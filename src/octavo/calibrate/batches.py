@@ -1,0 +1,67 @@
+"""One pass of data through a model whose quantizers observe; nothing is kept but their statistics."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from octavo.errors import UserError
+from octavo.numerics.door import Door
+from octavo.report.progress import Track, silent
+from octavo.spec.plan import Plan
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """What a calibration left.
+
+    Args:
+        num_batches: Forward passes that were observed.
+        off: Quantizer name -> why it stays off.
+    """
+
+    num_batches: int
+    off: dict[str, str] = field(default_factory=dict)
+
+
+def needs_data(plan: Plan) -> list[str]:
+    """Quantizers whose range only data can tell: static ones on activations."""
+    weight = "weight_quantizer"
+    return [name for name, spec in plan.quantizers() if not spec.is_dynamic and not name.endswith(weight)]
+
+
+def calibrate(door: Door, plan: Plan, batches: Iterable[Any] | None, *, track: Track = silent) -> Calibrated:
+    """Find every range of ``plan``: activations by one pass over ``batches``, weights by one look at each.
+
+    Args:
+        door: A prepared model.
+        plan: What it was prepared with.
+        batches: One forward pass each; not touched when no quantizer needs data.
+        track: Told of every batch.
+
+    Raises:
+        UserError: the plan needs data and there is none.
+        NotFiniteError: NaN or inf in an activation or a weight, with the quantizer's name.
+    """
+    waiting = needs_data(plan)
+    num_batches = 0
+    if waiting:
+        if batches is None:
+            raise UserError(
+                f"recipe '{plan.recipe}' has {len(waiting)} static activation quantizers (such as '{waiting[0]}'), whose "
+                "ranges only data can tell: give calibration data, or choose a dynamic or weight-only recipe"
+            )
+        with door.observe():
+            for batch in track(batches, "calibrate"):
+                door.run(batch)
+                num_batches += 1
+        if num_batches == 0:
+            raise UserError("the calibration data is empty: it gave no batch")
+    off = dict(door.finish_calibration())
+    for name, why in off.items():
+        logger.warning("quantizer '%s' stays off: %s", name, why)
+    return Calibrated(num_batches, off)

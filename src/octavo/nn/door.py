@@ -1,0 +1,129 @@
+"""The torch door: one ``nn.Module`` seen from outside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from octavo.errors import UserError
+from octavo.nn import surgery
+from octavo.nn.blocks import TorchBlock, find_blocks
+from octavo.nn.quantizer import ActivationQuantizer, Mode, Quantizer, WeightQuantizer
+from octavo.nn.sites import Site, find_sites
+from octavo.nn.snapshot import TorchSnapshot, weight_key
+from octavo.sources.feeding import feed
+from octavo.spec.facts import ModelFacts
+from octavo.spec.plan import Plan
+
+
+class TorchDoor:
+    """``numerics.door.Door`` for a torch model, which is changed in place.
+
+    Args:
+        model: The model.
+        source: What the user called it.
+        sample: One batch (tensor, tuple or dict) for the traced forward; ``None``: attention calls stay unknown.
+    """
+
+    def __init__(self, model: nn.Module, source: str = "", sample: Any = None) -> None:
+        self.model = model
+        self.source = source or type(model).__name__
+        self._sample = sample
+        self._known: tuple[ModelFacts, dict[str, Site]] | None = None
+        self._plan: Plan | None = None
+
+    def _look(self) -> tuple[ModelFacts, dict[str, Site]]:
+        if self._known is None:
+            run = None if self._sample is None else lambda: self.run(self._sample)
+            facts, sites = find_sites(self.model, self.source, run)
+            self._known = facts, {site.facts.name: site for site in sites}
+        return self._known
+
+    def facts(self) -> ModelFacts:
+        """See ``Door.facts``."""
+        return self._look()[0]
+
+    def prepare(self, plan: Plan) -> None:
+        """See ``Door.prepare``."""
+        surgery.insert(self.model, plan, self._look()[1])
+        self._plan = plan
+
+    @torch.no_grad()
+    def run(self, batch: Any) -> Any:
+        """See ``Door.run``."""
+        return feed(self.model, batch)
+
+    @contextmanager
+    def observe(self) -> Iterator[None]:
+        """See ``Door.observe``. The model is in eval mode meanwhile."""
+        modes = {q: q.mode for q in surgery.quantizers(self.model)}
+        training = [module for module in self.model.modules() if module.training]
+        self.model.eval()
+        for quantizer in modes:
+            static = isinstance(quantizer, ActivationQuantizer) and not quantizer.spec.is_dynamic
+            quantizer.mode = Mode.OBSERVE if static else Mode.OFF
+        try:
+            yield
+        finally:
+            for quantizer, mode in modes.items():
+                quantizer.mode = mode
+            for module in training:
+                module.training = True
+
+    def finish_calibration(self) -> Mapping[str, str]:
+        """See ``Door.finish_calibration``. Weights are looked at here, once."""
+        activations = [q for q in surgery.quantizers(self.model) if isinstance(q, ActivationQuantizer)]
+        off = {q.name: why for q in activations if (why := q.finish())}
+        for quantizer, weight in weight_quantizers(self.model):
+            quantizer.find_range(weight)
+        return off
+
+    def quantizer_names(self) -> Sequence[str]:
+        """See ``Door.quantizer_names``; those that stay off are not among them."""
+        return [q.name for q in surgery.quantizers(self.model) if q.mode is Mode.QUANTIZE]
+
+    @contextmanager
+    def disabled(self, names: Callable[[str], bool]) -> Iterator[None]:
+        """See ``Door.disabled``."""
+        changed: list[Quantizer] = []
+        for quantizer in surgery.quantizers(self.model):
+            if quantizer.mode is Mode.QUANTIZE and names(quantizer.name):
+                quantizer.mode = Mode.OFF
+                changed.append(quantizer)
+        try:
+            yield
+        finally:
+            for quantizer in changed:
+                quantizer.mode = Mode.QUANTIZE
+
+    def blocks(self) -> Iterator[TorchBlock]:
+        """See ``Door.blocks``: the repeated layers of the model, or the whole model where nothing repeats."""
+        return find_blocks(self.model)
+
+    def snapshot(self) -> TorchSnapshot:
+        """See ``Door.snapshot``."""
+        uncalibrated = [
+            q.name for q in surgery.quantizers(self.model) if not q.is_calibrated and q.mode is Mode.QUANTIZE
+        ]
+        if uncalibrated:
+            raise UserError(f"quantizer '{uncalibrated[0]}' has no range yet: calibrate first")
+        return TorchSnapshot(self.model)
+
+    def strip(self) -> None:
+        """See ``Door.strip``."""
+        surgery.remove(self.model)
+        self._plan = None
+
+
+def weight_quantizers(model: nn.Module) -> Iterator[tuple[WeightQuantizer, nn.Parameter]]:
+    """Every weight quantizer with its parameter, tied ones once."""
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        for child in module.children():
+            if isinstance(child, WeightQuantizer) and id(child) not in seen:
+                seen.add(id(child))
+                yield child, model.get_parameter(weight_key(path, module))

@@ -1,0 +1,239 @@
+"""The quantizer module: one place where values are rounded to a grid.
+
+Quantizers are children of the module they serve, under the names that users of this field know
+(``input_quantizer``, ``weight_quantizer``, ``q_bmm_quantizer`` ...), so they travel with deepcopy,
+``state_dict`` and ``.to``.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from octavo.backends.simulate import fake_quantize, format_key, range_of
+from octavo.nn.views import WeightView
+from octavo.numerics.observers import NotFiniteError, Observer, make_observer
+from octavo.numerics.qtensor import QTensor, quantize
+from octavo.numerics.scaling import scale_from_amax, scale_from_range, search_scale
+from octavo.spec.plan import QuantizerSpec
+
+
+class Mode(Enum):
+    """What a quantizer does with a value that passes."""
+
+    OFF = "off"  # passes it through
+    OBSERVE = "observe"  # passes it through and looks at its range
+    QUANTIZE = "quantize"  # rounds it
+
+
+class Quantizer(nn.Module):
+    """Scale, zero point and mode of one quantizer.
+
+    Buffers: ``scale`` fp32 and, for asymmetric formats, ``zero_point`` int32, NaN and 0 until calibrated;
+    dynamic quantizers and weights with quantized scales have none. Scales stay fp32 when the model is
+    cast to another dtype.
+    """
+
+    scale: Tensor | None
+    zero_point: Tensor | None
+
+    def __init__(self, name: str, spec: QuantizerSpec, scale_shape: tuple[int, ...] | None) -> None:
+        super().__init__()
+        self.name = name
+        self.spec = spec
+        self.format_key = format_key(spec.format)
+        self.mode = Mode.OFF
+        stored = scale_shape is not None
+        self.register_buffer("scale", torch.full(scale_shape, torch.nan) if scale_shape is not None else None)
+        has_zero_point = stored and not spec.format.is_symmetric
+        self.register_buffer(
+            "zero_point", torch.zeros(scale_shape or (), dtype=torch.int32) if has_zero_point else None
+        )
+
+    @property
+    def is_calibrated(self) -> bool:
+        """True when nothing is missing to round values."""
+        return self.scale is None or not bool(torch.isnan(self.scale).any())
+
+    def set_range(self, scale: Tensor, zero_point: Tensor | None) -> None:
+        """Store a range and start rounding. Copies into the buffers, so their identity stays."""
+        assert self.scale is not None
+        self.scale.copy_(scale)
+        if self.zero_point is not None:
+            assert zero_point is not None
+            self.zero_point.copy_(zero_point)
+        self.mode = Mode.QUANTIZE
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
+        """Moves buffers between devices; never changes their dtype."""
+        kept = {name: b for name, b in self._buffers.items() if b is not None}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            after = self._buffers[name]
+            assert after is not None
+            if after.dtype != before.dtype:
+                self._buffers[name] = before.to(after.device)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.is_calibrated:
+            self.mode = Mode.QUANTIZE
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows."""
+        kind = "dynamic" if self.spec.is_dynamic else "static"
+        return f"{self.spec.format}, {kind}, {self.mode.value}"
+
+
+class SharedInput:
+    """What quantizers of layers that read the same tensor have in common: one look at it, one rounding of it.
+
+    Args:
+        name: The first of these layers.
+        num_readers: How many they are; a result is dropped when each of them had it.
+        observer: Where all of them collect.
+    """
+
+    def __init__(self, name: str, num_readers: int, observer: Observer | None) -> None:
+        self.name = name
+        self.num_readers = num_readers
+        self.observer = observer
+        self._entry: tuple[weakref.ref[Tensor], tuple[Mode, int], Tensor, list[int]] | None = None
+
+    def get(self, x: Tensor, mode: Mode, work: Callable[[Tensor], Tensor]) -> Tensor:
+        """``work(x)``, or what another reader of the same ``x`` got in the same mode."""
+        state = (mode, -1 if x.is_inference() else x._version)
+        entry = self._entry
+        if entry is not None and entry[0]() is x and entry[1] == state:
+            entry[3].append(0)
+            if len(entry[3]) >= self.num_readers:
+                self._entry = None
+            return entry[2]
+        result = work(x)
+        self._entry = (weakref.ref(x), state, result, [0])
+        return result
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharedInput:
+        twin = SharedInput(self.name, self.num_readers, copy.deepcopy(self.observer, memo))
+        memo[id(self)] = twin
+        return twin
+
+
+class ActivationQuantizer(Quantizer):
+    """Rounds activations: static with a calibrated scale, or dynamic with a scale found per call."""
+
+    def __init__(self, name: str, spec: QuantizerSpec, shared: SharedInput | None = None) -> None:
+        super().__init__(name, spec, None if spec.is_dynamic else ())
+        self.shared = shared
+        self.observer: Observer | None = shared.observer if shared is not None else new_observer(spec)
+        self.mode = Mode.QUANTIZE if spec.is_dynamic else Mode.OFF
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` rounded, or as it is while off or observing."""
+        if self.mode is Mode.OFF:
+            return x
+        work = self._round if self.mode is Mode.QUANTIZE else self._observe
+        if self.shared is None or torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return work(x)
+        return self.shared.get(x, self.mode, work)
+
+    def _round(self, x: Tensor) -> Tensor:
+        return fake_quantize(x, self.format_key, self.scale, self.zero_point)
+
+    def _observe(self, x: Tensor) -> Tensor:
+        if self.observer is not None and x.numel():
+            try:
+                self.observer.update(x.detach())
+            except NotFiniteError as error:
+                raise NotFiniteError(f"quantizer '{self.name}': {error}") from error
+        return x
+
+    def finish(self) -> str:
+        """Turn what was observed into a scale and start rounding.
+
+        Returns:
+            Why it stays off; empty when it rounds.
+        """
+        if self.observer is None:
+            return ""
+        if self.observer.count == 0:
+            return "saw no calibration data"
+        low, high = self.observer.range()
+        if float(low) == 0.0 and float(high) == 0.0:
+            return "every value in the calibration data was 0"
+        fmt = self.spec.format
+        if fmt.is_symmetric:
+            self.set_range(scale_from_amax(torch.maximum(-low, high), fmt), None)
+        else:
+            self.set_range(*scale_from_range(low, high, fmt))
+        return ""
+
+
+def new_observer(spec: QuantizerSpec) -> Observer | None:
+    """What collects for a static quantizer; dynamic ones need nothing."""
+    return None if spec.is_dynamic else make_observer(spec.observer, spec.format)
+
+
+class WeightQuantizer(Quantizer):
+    """Rounds one parameter. A frozen weight is rounded once, not at every forward."""
+
+    def __init__(self, name: str, spec: QuantizerSpec, view: WeightView) -> None:
+        fmt = spec.format
+        plain = fmt.scale is not None and fmt.scale.is_plain
+        super().__init__(name, spec, fmt.granularity.scale_shape(view.matrix_shape) if plain else None)
+        self.view = view
+        self._rounded: tuple[weakref.ref[Tensor], tuple[int, ...], Tensor] | None = None
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """``weight`` rounded, in its own shape and dtype."""
+        if self.mode is not Mode.QUANTIZE:
+            return weight
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and weight.requires_grad):
+            return self._round(weight)
+        version = tuple(-1 if t is None or t.is_inference() else t._version for t in (weight, self.scale))
+        known = self._rounded
+        if known is not None and known[0]() is weight and known[1] == version and known[2].device == weight.device:
+            return known[2]
+        with torch.inference_mode(False), torch.no_grad():
+            rounded = self._round(weight)
+        self._rounded = (weakref.ref(weight), version, rounded)
+        return rounded
+
+    def _round(self, weight: Tensor) -> Tensor:
+        matrix = fake_quantize(self.view.to_matrix(weight), self.format_key, self.scale, self.zero_point)
+        return self.view.to_parameter(matrix)
+
+    @torch.no_grad()
+    def find_range(self, weight: Tensor) -> None:
+        """Look at the weight once and start rounding.
+
+        Raises:
+            NotFiniteError: the weight holds NaN or inf.
+        """
+        self._rounded = None
+        if self.scale is None:
+            self.mode = Mode.QUANTIZE
+            return
+        matrix, fmt = self.view.to_matrix(weight), self.spec.format
+        if self.spec.observer.name == "mse" and fmt.is_symmetric:
+            scale, zero_point = search_scale(matrix, fmt), None
+        else:
+            scale, zero_point = range_of(matrix, fmt)
+        if not bool(torch.isfinite(scale).all()):
+            raise NotFiniteError(f"quantizer '{self.name}': the weight holds NaN or inf; the checkpoint is damaged")
+        self.set_range(scale, zero_point)
+
+    @torch.no_grad()
+    def codes(self, weight: Tensor) -> QTensor:
+        """What is stored of the weight: ``codes(weight).dequantize()`` is what ``forward`` simulates."""
+        return quantize(self.view.to_matrix(weight), self.spec.format, scale=self.scale, zero_point=self.zero_point)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_rounded": None}

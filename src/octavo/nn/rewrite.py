@@ -1,0 +1,183 @@
+"""Methods with some of their call expressions redirected.
+
+Observation tells at which call expression of which function attention is computed. The function is compiled
+again from its own source with just that expression changed, ``callee(a, b)`` to ``redirect(self, callee, a, b)``,
+and put into a subclass. Nothing is active at run time but plain functions, so ``torch.compile``, ``torch.export``,
+threads and deepcopy see nothing unusual. Line numbers, globals, defaults, closures and decorators stay.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from types import CellType, CodeType, FunctionType
+from typing import Any
+
+Position = tuple[int, int, int, int]
+"""Line, last line, column and end column (in bytes) of an expression, as code objects and ``ast`` give them."""
+
+Redirect = Callable[..., Any]
+"""Called as ``redirect(owner, callee, *args, **kwargs)`` in place of ``callee(*args, **kwargs)``."""
+
+_OWNER = "octavo_owner__"
+
+
+class NoSourceError(Exception):
+    """A function cannot be compiled again; the text says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class CallPoint:
+    """One call expression inside a function."""
+
+    code: CodeType
+    position: Position
+
+
+def call_point(frame: Any) -> CallPoint:
+    """The call that ``frame`` is executing right now."""
+    code = frame.f_code
+    line, last, column, end = list(code.co_positions())[frame.f_lasti // 2]
+    return CallPoint(code, (line, last, column, end))
+
+
+class _Redirector(ast.NodeTransformer):
+    def __init__(self, owner: str, names: Mapping[Position, str]) -> None:
+        self.owner = owner
+        self.names = names
+        self.found: set[Position] = set()
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        position = (node.lineno, node.end_lineno or 0, node.col_offset, node.end_col_offset or 0)
+        self.generic_visit(node)
+        if position not in self.names:
+            return node
+        self.found.add(position)
+        arguments: list[ast.expr] = [ast.Name(self.owner, ast.Load()), node.func, *node.args]
+        redirected = ast.Call(ast.Name(self.names[position], ast.Load()), arguments, node.keywords)
+        return ast.copy_location(redirected, node)
+
+
+@lru_cache(maxsize=64)
+def _source_tree(filename: str) -> ast.Module:
+    try:
+        with open(filename, encoding="utf-8") as file:
+            return ast.parse(file.read(), filename)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise NoSourceError(f"the source file {filename} cannot be read ({type(error).__name__})") from error
+
+
+def _definition(code: CodeType) -> ast.FunctionDef:
+    for node in ast.walk(_source_tree(code.co_filename)):
+        if isinstance(node, ast.FunctionDef) and node.name == code.co_name:
+            first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+            if first == code.co_firstlineno:
+                return node
+    raise NoSourceError(f"no definition of {code.co_name} at {code.co_filename}:{code.co_firstlineno}")
+
+
+def redirected(function: FunctionType, redirects: Mapping[Position, Redirect], *, takes_owner: bool) -> FunctionType:
+    """``function`` with the calls at some positions redirected.
+
+    Args:
+        function: A plain function (a method as its class holds it).
+        redirects: Position -> what is called instead.
+        takes_owner: True adds a first parameter that is handed to the redirects; False hands them the
+            function's own first parameter (``self``).
+
+    Raises:
+        NoSourceError: the source is not there, or is not what was executed.
+    """
+    code = function.__code__
+    tree = copy.deepcopy(_definition(code))
+    names = {position: f"octavo_redirect_{k}__" for k, position in enumerate(redirects)}
+    owner = _OWNER if takes_owner else code.co_varnames[0]
+    transformer = _Redirector(owner, names)
+    tree.body = [transformer.visit(statement) for statement in tree.body]
+    if transformer.found != set(redirects):
+        raise NoSourceError(f"the source of {code.co_name} is not the code that ran ({code.co_filename})")
+    _make_bare(tree, takes_owner=takes_owner)
+    new_code = _compile_inside_factory(tree, code, tuple(names.values()))
+    cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
+    cells |= {names[position]: CellType(redirect) for position, redirect in redirects.items()}
+    closure = tuple(cells[name] for name in new_code.co_freevars)
+    clone = FunctionType(new_code, function.__globals__, function.__name__, function.__defaults__, closure)
+    clone.__kwdefaults__ = function.__kwdefaults__
+    clone.__qualname__ = function.__qualname__
+    clone.__dict__.update(function.__dict__)
+    return clone
+
+
+def _make_bare(tree: ast.FunctionDef, *, takes_owner: bool) -> None:
+    """Drop what is evaluated when a function is defined: decorators and annotations; defaults stay as placeholders."""
+    tree.decorator_list = []
+    tree.returns = None
+    arguments = tree.args
+    for argument in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg):
+        if argument is not None:
+            argument.annotation = None
+    arguments.defaults = [ast.copy_location(ast.Constant(None), d) for d in arguments.defaults]
+    arguments.kw_defaults = [d and ast.copy_location(ast.Constant(None), d) for d in arguments.kw_defaults]
+    if takes_owner:
+        first = ast.arg(_OWNER)
+        (arguments.posonlyargs or arguments.args).insert(0, first)
+
+
+def _compile_inside_factory(tree: ast.FunctionDef, code: CodeType, extra: tuple[str, ...]) -> CodeType:
+    """Compile ``tree`` as an inner function, so that its free variables are free variables again."""
+    parameters = ", ".join((*code.co_freevars, *extra))
+    outer = ast.parse(f"def octavo_factory__({parameters}): pass").body[0]
+    assert isinstance(outer, ast.FunctionDef)
+    outer.body = [tree]
+    module = ast.fix_missing_locations(ast.Module([outer], []))
+    compiled = compile(module, code.co_filename, "exec", dont_inherit=True)
+    factory = next(c for c in compiled.co_consts if isinstance(c, CodeType))
+    return next(c for c in factory.co_consts if isinstance(c, CodeType) and c.co_name == code.co_name)
+
+
+def method_with_code(cls: type, code: CodeType) -> tuple[str, FunctionType] | None:
+    """The method of ``cls`` in which ``code`` runs, seen through decorators: its name and the function with that code."""
+    for base in cls.__mro__:
+        for name, attribute in vars(base).items():
+            if isinstance(attribute, FunctionType):
+                inner = next((f for f in _layers(attribute) if f.__code__ is code), None)
+                if inner is not None:
+                    return name, inner
+    return None
+
+
+def replace_inner(function: FunctionType, old: FunctionType, new: FunctionType) -> FunctionType:
+    """``function`` with ``old``, which it wraps at some depth, replaced by ``new``."""
+    if function is old:
+        return new
+    cells = []
+    for cell in function.__closure__ or ():
+        content = _content(cell)
+        wraps = isinstance(content, FunctionType) and any(f is old for f in _layers(content))
+        cells.append(CellType(replace_inner(content, old, new)) if wraps else cell)
+    clone = FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, tuple(cells)
+    )
+    clone.__kwdefaults__ = function.__kwdefaults__
+    clone.__dict__.update({k: v for k, v in function.__dict__.items() if k != "__wrapped__"})
+    return clone
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # an empty cell
+        return None
+
+
+def _layers(function: FunctionType, depth: int = 8) -> Iterator[FunctionType]:
+    """``function`` and the functions that it wraps."""
+    yield function
+    if depth:
+        for cell in function.__closure__ or ():
+            content = _content(cell)
+            if isinstance(content, FunctionType) and content is not function:
+                yield from _layers(content, depth - 1)

@@ -1,0 +1,51 @@
+"""Ranges into a prepared model from elsewhere than calibration: from a run's files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from octavo.errors import UserError
+from octavo.nn.quantizer import ActivationQuantizer, Mode
+from octavo.nn.surgery import quantizers
+
+
+def set_ranges(model: nn.Module, ranges: Callable[[str], tuple[Tensor, Tensor | None] | None]) -> None:
+    """Give every static quantizer its range.
+
+    Args:
+        model: Prepared with the plan of the run.
+        ranges: Quantizer name -> scale and zero point; ``None`` for one that stayed off.
+    """
+    for quantizer in quantizers(model):
+        if quantizer.scale is None:
+            quantizer.mode = Mode.QUANTIZE
+            continue
+        known = ranges(quantizer.name)
+        if known is None:
+            assert isinstance(quantizer, ActivationQuantizer)
+            quantizer.mode = Mode.OFF
+        else:
+            quantizer.set_range(*known)
+
+
+@torch.no_grad()
+def load_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Load a complete state dict, in place.
+
+    Raises:
+        UserError: names or shapes are not the model's.
+    """
+    try:
+        result: Any = model.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:
+        raise UserError(f"the run's tensors do not fit a {type(model).__name__}: {error}") from error
+    missing = [key for key in result.missing_keys if not key.rpartition(".")[0].endswith("_quantizer")]
+    if missing or result.unexpected_keys:
+        raise UserError(
+            f"the run's tensors are not those of a {type(model).__name__}: "
+            f"missing {missing[:3]}, unknown {list(result.unexpected_keys)[:3]}"
+        )

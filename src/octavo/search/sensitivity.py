@@ -1,0 +1,74 @@
+"""What each quantizer alone costs: all others off, one on, and a score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from octavo.numerics.door import Door
+from octavo.report.progress import Track, silent
+
+
+@dataclass(frozen=True, slots=True)
+class Sensitivity:
+    """One quantizer and what it alone costs.
+
+    Args:
+        quantizer: Full name.
+        score: The metric with only this quantizer on.
+        cost: How much worse than with all quantizers off; larger is worse, whatever the metric.
+    """
+
+    quantizer: str
+    score: float
+    cost: float
+
+
+def rank_quantizers(
+    door: Door,
+    score: Callable[[], float],
+    *,
+    higher_is_better: bool,
+    only: Callable[[str], bool] = lambda name: True,
+    track: Track = silent,
+) -> list[Sensitivity]:
+    """Every quantizer by what it alone costs, the worst first; equals in model order.
+
+    Args:
+        door: A calibrated model.
+        score: Runs the model and judges it.
+        higher_is_better: Direction of the score.
+        only: Quantizer names to look at.
+        track: Told of every quantizer.
+    """
+    names = [name for name in door.quantizer_names() if only(name)]
+    with door.disabled(lambda name: True):
+        ideal = score()
+    rows = []
+    for name in track(names, "sensitivity"):
+        with door.disabled(lambda other, kept=name: other != kept):
+            value = score()
+        rows.append(Sensitivity(name, value, ideal - value if higher_is_better else value - ideal))
+    return sorted(rows, key=lambda row: -row.cost)
+
+
+def leave_options(ranked: Sequence[Sensitivity], count: int) -> list[str]:
+    """Command-line options that leave the ``count`` worst quantizers out; a site all of whose worst ones are there
+    is named once, by its own name.
+
+    >>> rows = [Sensitivity("a.input_quantizer", 0, 2), Sensitivity("b.weight_quantizer", 0, 1)]
+    >>> leave_options(rows, 1)
+    ["--leave 'a.input_quantizer'"]
+    """
+    worst = [row.quantizer for row in ranked[:count] if row.cost > 0]
+    by_site: dict[str, list[str]] = {}
+    for name in worst:
+        by_site.setdefault(name.rpartition(".")[0], []).append(name)
+    everything: dict[str, int] = {}
+    for row in ranked:
+        site = row.quantizer.rpartition(".")[0]
+        everything[site] = everything.get(site, 0) + 1
+    patterns = []
+    for site, names in by_site.items():
+        patterns += [site] if len(names) == everything[site] > 1 else names
+    return [f"--leave '{pattern}'" for pattern in patterns]
