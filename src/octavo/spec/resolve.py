@@ -126,7 +126,8 @@ def _decide(site: SiteFacts, rules: Sequence[_BoundRule]) -> Decision:
     if site.obstacle and (draft.given or not draft.left):
         return Decision(site, {}, why=site.obstacle)
     scheme = {slot: draft.given[slot][0] for slot in site.slots if slot in draft.given}
-    left = {slot: draft.left[slot] for slot in site.slots if slot in draft.left and (slot in wanted or not scheme)}
+    is_all_left = set(draft.left) == set(site.slots)
+    left = {slot: draft.left[slot] for slot in site.slots if slot in draft.left and (slot in wanted or is_all_left)}
     if scheme:
         rule = " + ".join(dict.fromkeys(draft.given[slot][1] for slot in scheme))
         return Decision(site, scheme, rule, _partly_left(left))
