@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from typing import Protocol, Self
 
 import torch
@@ -33,6 +32,7 @@ __all__ = [
 
 _NUM_CANDIDATES = 200  # ranges that the searches try
 _NUM_PER_SIDE = 24  # ends tried on either side of an asymmetric range
+_AT_ONCE = 32  # candidates simulated at a time
 
 
 class Observer(Protocol):
@@ -181,22 +181,22 @@ class MseObserver(_HistogramObserver):
     def _limits(self) -> tuple[float, float]:
         used = self.histogram.counts.nonzero().squeeze(1)
         values, weights = self.histogram.centres[used], self.histogram.counts[used].double()
+        lows, highs = self._candidates()
         errors = [
             (_simulated(values, low, high, self.fmt) - values).double().square() @ weights
-            for low, high in self._candidates()
+            for low, high in zip(torch.split(lows, _AT_ONCE), torch.split(highs, _AT_ONCE), strict=True)
         ]
-        return list(self._candidates())[int(torch.stack(errors).argmin())]
+        best = int(torch.cat(errors).argmin())
+        return lows[best].item(), highs[best].item()
 
-    def _candidates(self) -> Iterator[tuple[float, float]]:
-        amax = self.histogram.amax
+    def _candidates(self) -> tuple[Tensor, Tensor]:
+        """``(candidates, 1)`` low and high ends, the widest first."""
         if self.fmt.is_symmetric:
-            for i in range(_NUM_CANDIDATES, 0, -1):
-                yield -amax * i / _NUM_CANDIDATES, amax * i / _NUM_CANDIDATES
-            return
-        low, high = min(self.histogram.low, 0.0), max(self.histogram.high, 0.0)
-        for i in range(_NUM_PER_SIDE, 0, -1):
-            for j in range(_NUM_PER_SIDE, 0, -1):
-                yield low * i / _NUM_PER_SIDE, high * j / _NUM_PER_SIDE
+            tops = self.histogram.amax * torch.linspace(1, 1 / _NUM_CANDIDATES, _NUM_CANDIDATES).unsqueeze(1)
+            return -tops, tops
+        shares = torch.linspace(1, 1 / _NUM_PER_SIDE, _NUM_PER_SIDE)
+        ends = torch.cartesian_prod(min(self.histogram.low, 0.0) * shares, max(self.histogram.high, 0.0) * shares)
+        return ends[:, :1], ends[:, 1:]
 
 
 class EntropyObserver(_HistogramObserver):
@@ -227,7 +227,8 @@ class EntropyObserver(_HistogramObserver):
         counts[NUM_BINS] = counts[NUM_BINS + 1]
         outside = counts[: inside.start].sum(), counts[inside.stop :].sum()
         top = threshold * self.histogram.width
-        low, high = max(-top, self.histogram.low), min(top, self.histogram.high)
+        low = torch.tensor(max(-top, self.histogram.low))
+        high = torch.tensor(min(top, self.histogram.high))
         levels = _simulated(self.histogram.centres[inside], low, high, self.fmt)
         return _divergence_of_levels(counts[inside], levels, outside)
 
@@ -252,9 +253,9 @@ def _divergence_of_levels(counts: Tensor, levels: Tensor, outside: tuple[Tensor,
     return float((reference * (reference / twin).log()).sum())
 
 
-def _simulated(values: Tensor, low: float, high: float, fmt: TensorFormat) -> Tensor:
-    """``values`` rounded as if the whole tensor's range were ``[low, high]``."""
-    scale, zero_point = scale_from_range(torch.tensor(low), torch.tensor(high), fmt)
+def _simulated(values: Tensor, low: Tensor, high: Tensor, fmt: TensorFormat) -> Tensor:
+    """``values`` rounded as if the range were ``[low, high]``, which broadcast against them."""
+    scale, zero_point = scale_from_range(low, high, fmt)
     if zero_point is None:
         return round_owned(values / scale, fmt.element).mul_(scale)
     return round_owned((values / scale).round_().add_(zero_point), fmt.element).sub_(zero_point).mul_(scale)

@@ -7,6 +7,7 @@ Sources: OCP 8-bit floating point specification 1.0 (E4M3, E5M2); OCP microscali
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ class FloatFormat:
     mantissa_bits: int
     bias: int
     is_signed: bool = True
-    nan: str = "none"
+    nan: Literal["none", "top", "ieee"] = "none"
 
     @property
     def bits(self) -> int:

@@ -32,6 +32,12 @@ class Ragged(Enum):
     PAD = "pad"
 
 
+def _check_positive(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise UserError(f"{name}={size}: a block holds at least one value")
+
+
 @dataclass(frozen=True, slots=True)
 class PerTensor:
     """One scale for the whole tensor."""
@@ -90,6 +96,9 @@ class PerGroup:
 
     size: int
 
+    def __post_init__(self) -> None:
+        _check_positive(size=self.size)
+
     def scale_shape(self, shape: Shape) -> Shape:
         """The last axis counted in groups, rounded up."""
         return (*shape[:-1], math.ceil(shape[-1] / self.size))
@@ -109,6 +118,9 @@ class PerTile:
     rows: int
     cols: int
 
+    def __post_init__(self) -> None:
+        _check_positive(rows=self.rows, cols=self.cols)
+
     def scale_shape(self, shape: Shape) -> Shape:
         """The last two axes counted in tiles, rounded up."""
         return (*shape[:-2], math.ceil(shape[-2] / self.rows), math.ceil(shape[-1] / self.cols))
@@ -122,6 +134,9 @@ class PerFlatGroup:
     """One scale for every ``size`` neighbours of the flattened tensor (NF4, and its scales)."""
 
     size: int
+
+    def __post_init__(self) -> None:
+        _check_positive(size=self.size)
 
     def scale_shape(self, shape: Shape) -> Shape:
         """One axis: the number of values counted in groups, rounded up."""
@@ -167,6 +182,10 @@ class TensorFormat:
     def __post_init__(self) -> None:
         if self.zero_point is not None and not isinstance(self.element, IntFormat):
             raise UserError(f"a zero point needs an integer element, not {self.element.name}: use int2..int8")
+        if isinstance(self.element, IntFormat) and self.zero_point is not None and self.element.unit != 1:
+            raise UserError(f"a zero point counts in whole codes, {self.element.name} in steps of {self.element.unit}")
+        if self.scale is None and (self.zero_point is not None or self.offset is not None):
+            raise UserError(f"{self.element.name} without scales has no zero point and no offset: give it scales")
 
     @property
     def is_symmetric(self) -> bool:
@@ -206,10 +225,14 @@ class TensorFormat:
     def misfit(self, shape: Shape) -> str | None:
         """Why a tensor of ``shape`` cannot have this format, with what would fit; ``None`` when it can."""
         match self.granularity:
+            case PerGroup() if not shape:
+                return "groups need an axis, the tensor is a single value"
             case PerGroup(size) if self.ragged is Ragged.REFUSE and shape[-1] % size:
                 fitting = [d for d in range(4, size) if shape[-1] % d == 0]
                 choice = ", ".join(map(str, fitting)) or "none below it"
                 return f"groups of {size} do not divide in_features={shape[-1]}; choose {choice}, or leave it out"
+            case PerChannel(axis) if len(shape) > 1 and not -len(shape) <= axis < len(shape):
+                return f"there is no axis {axis}, the tensor has shape {shape}"
             case PerTile() if len(shape) < 2:
                 return f"tiles need two axes, the tensor has shape {shape}"
             case _:
@@ -221,6 +244,10 @@ class TensorFormat:
         text = f"{self.element.name} {self.granularity}"
         if not self.is_symmetric:
             text += ", asymmetric"
+        if self.offset is not None:
+            text += ", centred"
+        if self.scale_rule is not ScaleRule.AMAX:
+            text += f", {self.scale_rule.value}"
         if self.scale is not None and self.scale != PLAIN_FP32:
             text += f", scales {self.scale}"
         return text
@@ -249,7 +276,8 @@ class TensorFormat:
         try:
             granularity = dict(data["granularity"])
             zero_point = ELEMENTS[data["zero_point"]] if data["zero_point"] else None
-            assert zero_point is None or isinstance(zero_point, IntFormat)
+            if zero_point is not None and not isinstance(zero_point, IntFormat):
+                raise TypeError(f"zero points are integers, not {zero_point.name}")
             return cls(
                 element=ELEMENTS[data["element"]],
                 granularity=_GRANULARITIES[granularity.pop("kind")](**granularity),
