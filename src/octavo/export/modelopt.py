@@ -1,0 +1,198 @@
+"""Writes the ModelOpt unified Hugging Face layout. docs/formats/modelopt.md is its one-page description."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from octavo.errors import UserError
+from octavo.export.checkpoint import write_json, written_checkpoint
+from octavo.export.companions import read_json
+from octavo.export.modelopt_config import hf_quant_config, is_octavo_modelopt, quantization_config
+from octavo.export.modelopt_labels import (
+    ATTENTION_SLOTS,
+    QUANTIZABLE,
+    Label,
+    from_decision,
+    from_layer,
+    label_of,
+    layer_problem,
+)
+from octavo.export.shards import ShardWriter
+from octavo.export.views import channel_scale_to_parameter, to_parameter
+from octavo.numerics.packing import pack
+from octavo.numerics.qtensor import QTensor
+from octavo.numerics.snapshot import LayerSnapshot, Snapshot
+from octavo.spec.facts import Slot
+from octavo.spec.plan import Plan
+
+ACTIVATIONS_STEM = "octavo_activations"
+_WAY_OUT = "the run directory holds every format; for this layout choose another recipe or leave the layer out"
+
+
+class ModelOptExporter:
+    """``Exporter`` of FP8 (per tensor; per channel and token), INT8, INT8 weights only and INT4 in groups."""
+
+    name = "modelopt"
+
+    def problems(self, plan: Plan) -> list[str]:
+        """What the layout cannot hold of ``plan``, a sentence for each layer."""
+        found = []
+        for decision in plan.decisions:
+            problem = layer_problem(from_decision(decision)) if decision.scheme else None
+            if problem:
+                found.append(_problem_text(decision.site.name, problem))
+        if not any(Slot.WEIGHT in decision.scheme for decision in plan.decisions):
+            found.append("no layer of the plan has a quantized weight, so there is nothing to write")
+        return found
+
+    def write(
+        self,
+        snapshot: Snapshot,
+        plan: Plan,
+        *,
+        source_directory: Path | None,
+        out: Path,
+        float_dtype: torch.dtype | None,
+        trust_remote_code: bool = False,
+    ) -> Path:
+        """Write the checkpoint ``out``; see ``Exporter.write``."""
+        with written_checkpoint(
+            out,
+            plan,
+            kind="a modelopt checkpoint",
+            is_previous=_is_previous,
+            source_directory=source_directory,
+            trust_remote_code=trust_remote_code,
+        ) as partial:
+            labels, attention, attention_formats = _write_tensors(snapshot, partial, float_dtype)
+            if attention:
+                _write_attention(attention, attention_formats, partial)
+            exclude = _excluded_modules(plan, labels)
+            write_json(partial / "hf_quant_config.json", hf_quant_config(labels, exclude))
+            _extend_config(partial / "config.json", labels, exclude, float_dtype)
+        return out
+
+
+def _write_tensors(
+    snapshot: Snapshot, directory: Path, float_dtype: torch.dtype | None
+) -> tuple[dict[str, Label], dict[str, Tensor], dict[str, str]]:
+    """Weights and what stays as it is; returns labels by module, attention scales and their formats by name."""
+    labels: dict[str, Label] = {}
+    attention: dict[str, Tensor] = {}
+    formats: dict[str, str] = {}
+    with ShardWriter(directory, always_index=True) as writer:
+        for layer in snapshot.layers():
+            label = _checked_label(layer)
+            if label is not None:
+                labels[_module_of(layer)] = label
+                for name, tensor in _layer_tensors(layer):
+                    writer.add(name, tensor)
+            for slot in ATTENTION_SLOTS:
+                if slot in layer.activations:
+                    name = f"{layer.name}.{slot.value}_scale"
+                    attention[name] = _static_scale(layer, slot)
+                    formats[name] = str(layer.activations[slot].format)
+        for name, tensor in snapshot.passthrough():
+            should_cast = float_dtype is not None and tensor.is_floating_point()
+            writer.add(name, tensor.to(float_dtype) if should_cast else tensor)
+        writer.close()
+    return labels, attention, formats
+
+
+def _layer_tensors(layer: LayerSnapshot) -> Iterator[tuple[str, Tensor]]:
+    """A quantized weight in its parameter's shape, its scales, the scale of its input."""
+    weight = layer.weight
+    assert weight is not None
+    assert isinstance(weight.scale, Tensor)
+    if weight.format.element.bits == 4:
+        yield layer.weight_name, _packed_along_out(weight, layer)
+        yield f"{layer.weight_name}_scale", weight.scale.T.contiguous() if layer.is_transposed else weight.scale
+    else:
+        codes = to_parameter(weight.codes, layer)
+        yield layer.weight_name, codes if codes.dtype == torch.int8 else codes.view(torch.float8_e4m3fn)
+        is_per_tensor = weight.scale.ndim == 0
+        scale = weight.scale if is_per_tensor else channel_scale_to_parameter(weight.scale, layer)
+        yield f"{layer.weight_name}_scale", scale
+    inputs = layer.activations.get(Slot.INPUT)
+    if inputs is not None and not inputs.is_dynamic:
+        yield layer.weight_name.removesuffix("weight") + "input_scale", _static_scale(layer, Slot.INPUT)
+
+
+def _packed_along_out(weight: QTensor, layer: LayerSnapshot) -> Tensor:
+    """Two neighbours of the output axis in a byte, the even one in the low nibble; the other axes as they are."""
+    axis = 1 if layer.is_transposed else 0
+    last = to_parameter(weight.codes, layer).movedim(axis, -1)
+    return pack(last.contiguous(), 4).movedim(-1, axis)
+
+
+def _static_scale(layer: LayerSnapshot, slot: Slot) -> Tensor:
+    scale = layer.activations[slot].scale
+    if scale is None:
+        raise UserError(
+            f"layer {layer.name!r}: the {slot.value} quantizer is static and has no scale, because it saw no data; "
+            "calibrate with data that reaches the layer, or leave it out with a rule"
+        )
+    return scale.float().reshape(())
+
+
+def _checked_label(layer: LayerSnapshot) -> Label | None:
+    """The label; ``problems`` refused everything else before calibration, unless nobody asked it."""
+    formats = from_layer(layer)
+    problem = layer_problem(formats)
+    if layer.pre_scale is not None:
+        problem = "its pre_quant_scale is not written by this version"
+    if problem:
+        raise UserError(f"layout 'modelopt' cannot hold {_problem_text(layer.name, problem)}")
+    return label_of(formats)
+
+
+def _problem_text(layer: str, problem: str) -> str:
+    return f"layer {layer!r}: {problem}; {_WAY_OUT}"
+
+
+def _module_of(layer: LayerSnapshot) -> str:
+    return layer.weight_name.removesuffix(".weight")
+
+
+def _excluded_modules(plan: Plan, labels: Mapping[str, Label]) -> list[str]:
+    """Modules that an engine would take for quantized if nobody told it."""
+    kept = {
+        decision.site.name.partition("#")[0]
+        for decision in plan.decisions
+        if decision.site.operation in QUANTIZABLE and decision.weight is None
+    }
+    return sorted(kept - set(labels))
+
+
+def _write_attention(scales: Mapping[str, Tensor], formats: Mapping[str, str], directory: Path) -> None:
+    metadata = {"formats": json.dumps(formats)}
+    with ShardWriter(directory, stem=ACTIVATIONS_STEM, metadata=metadata) as writer:
+        for name, scale in scales.items():
+            writer.add(name, scale)
+        writer.close()
+
+
+def _extend_config(
+    path: Path, labels: Mapping[str, Label], exclude: list[str], float_dtype: torch.dtype | None
+) -> None:
+    """``quantization_config`` goes into the model's configuration, where it has one."""
+    if not path.is_file():
+        return
+    config = read_json(path)
+    for key in ("dtype", "torch_dtype"):
+        if key in config and float_dtype is not None:
+            config[key] = str(float_dtype).removeprefix("torch.")
+    write_json(path, {**config, "quantization_config": quantization_config(labels, exclude)})
+
+
+def _is_previous(directory: Path) -> bool:
+    path = directory / "hf_quant_config.json"
+    try:
+        return path.is_file() and is_octavo_modelopt(read_json(path))
+    except UserError:
+        return False
