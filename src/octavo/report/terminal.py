@@ -34,7 +34,7 @@ _BAR_WIDTH = 12
 
 
 def metrics_table(metrics: Mapping[str, Mapping[str, MetricRecord]]) -> Table:
-    """A row per metric: baseline, quantized, change and its standard error; red where worse by more than two of these."""
+    """A row per metric: baseline, quantized, change, its standard error; red where worse by more than two of these."""
     table = _table("task", "metric")
     for heading in ("baseline", "quantized", "change", "± s.e."):
         table.add_column(heading, justify="right", no_wrap=True)
