@@ -42,7 +42,7 @@ def round_owned(y: Tensor, element: ElementFormat) -> Tensor:
         case FloatFormat():
             return _round_float(y, element)
         case CodebookFormat():
-            nearest = torch.bucketize(y, y.new_tensor(_thresholds(element)), out_int32=True)
+            nearest = torch.bucketize(y.contiguous(), y.new_tensor(_thresholds(element)), out_int32=True)
             return torch.where(y.isnan(), y, y.new_tensor(element.values)[nearest])
         case _:
             assert_never(element)
@@ -67,7 +67,9 @@ def encode(values: Tensor, element: ElementFormat) -> Tensor:
             wide = _torch_dtype(element)
             return _encode_float(values.float(), element) if wide is None else values.to(wide)
         case CodebookFormat():
-            return torch.bucketize(values.float(), _table(element, values.device), out_int32=True).to(torch.uint8)
+            return torch.bucketize(values.float().contiguous(), _table(element, values.device), out_int32=True).to(
+                torch.uint8
+            )
         case _:
             assert_never(element)
 
