@@ -1,0 +1,79 @@
+"""What every reader returns: the entries of a checkpoint, their tensors read one at a time when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from octavo.readers.tensor_files import StoredTensor
+
+
+@dataclass(frozen=True, slots=True)
+class WeightEntry:
+    """A quantized weight.
+
+    Args:
+        name: State-dict key.
+        format: In words, as ``octavo plan`` says it.
+        shape: Shape of the parameter.
+        codes: The stored codes.
+        scales: Scales, zero points and the like, by their role.
+        decode: Computes the values.
+    """
+
+    name: str
+    format: str
+    shape: tuple[int, ...]
+    codes: StoredTensor
+    scales: Mapping[str, StoredTensor]
+    decode: Callable[[], np.ndarray]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of codes and scales."""
+        return self.codes.num_bytes + sum(scale.num_bytes for scale in self.scales.values())
+
+    def dequantize(self) -> np.ndarray:
+        """The values, fp32, in the parameter's shape.
+
+        Raises:
+            UserError: the tensors do not fit together.
+        """
+        return self.decode()
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationEntry:
+    """An activation quantizer, by its full name (``blocks.0.up.input_quantizer``); dynamic ones have no scale."""
+
+    name: str
+    format: str
+    is_dynamic: bool
+    scale: StoredTensor | None = None
+    zero_point: StoredTensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint, listed.
+
+    Args:
+        path: Its directory.
+        layout: ``run``, ``modelopt`` or ``plain``.
+        weights: Quantized weights by state-dict key.
+        tensors: What is stored as it was, by state-dict key.
+        activations: Activation quantizers by full name.
+        missing_input_scales: Weights whose format promises a calibrated input, without one.
+        facts: What the files say of themselves: producer, label, recipe.
+    """
+
+    path: Path
+    layout: str
+    weights: Mapping[str, WeightEntry]
+    tensors: Mapping[str, StoredTensor]
+    activations: Mapping[str, ActivationEntry] = field(default_factory=dict)
+    missing_input_scales: tuple[str, ...] = ()
+    facts: Mapping[str, str] = field(default_factory=dict)
