@@ -9,23 +9,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from octavo.backends.environment import environment, peak_memory_bytes
-from octavo.calibrate.batches import calibrate, needs_data
+from octavo.calibrate.batches import calibrate, require_no_data
 from octavo.errors import UserError
 from octavo.evaluate import LOWER_IS_BETTER, Measure, Outputs, Task, difference
 from octavo.export.base import exporter
+from octavo.export.run import write_run
+from octavo.export.run_files import RunFiles, read_run
+from octavo.export.views import dequantized_weights
 from octavo.nn.door import TorchDoor
+from octavo.nn.state import load_tensors, set_ranges
 from octavo.report.clock import Clock
 from octavo.report.progress import Track, silent
 from octavo.search.sensitivity import Sensitivity, rank_quantizers
-from octavo.sources import LoadedModel, as_batches, describe_module
+from octavo.sources import LoadedModel, as_batches, describe_module, open_model, open_untrained
 from octavo.sources.example import example_inputs
+from octavo.sources.extras import is_callable_name
+from octavo.spec.facts import Slot
 from octavo.spec.plan import Plan
-from octavo.spec.recipe import Recipe, load_recipe
-from octavo.spec.records import MetricRecord, RunRecord, SensitivityRecord
+from octavo.spec.recipe import Recipe, load_recipe, read_recipe
+from octavo.spec.records import MetricRecord, RunRecord
 from octavo.spec.resolve import resolve
+from octavo.spec.select import quantizer_name
 from octavo.spec.version import VERSION
 
 logger = logging.getLogger(__name__)
@@ -186,6 +194,96 @@ def sensitivity(
     )
 
 
+def save(run: Run, path: str | Path, *, trust_remote_code: bool = False) -> Run:
+    """Write the run directory: packed codes and scales, plan, recipe, record, the model's config and tokenizer.
+
+    Returns:
+        ``run``, whose record now knows the path and the bytes written.
+
+    Raises:
+        UserError: ``path`` holds something that is not a run, or the disk is too small; what was there stays.
+    """
+    run.record = write_run(
+        run.door.snapshot(),
+        run.plan,
+        recipe=run.recipe.to_yaml(),
+        record=run.record,
+        source_directory=run.loaded.directory,
+        out=Path(path),
+        trust_remote_code=trust_remote_code,
+    )
+    return run
+
+
+def load(
+    path: str | Path,
+    model: nn.Module | None = None,
+    *,
+    sample: Any = None,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> Run:
+    """The run that ``save`` wrote, in simulated precision: its outputs are those of the saved model, bit for bit.
+
+    Args:
+        path: A run directory.
+        model: A module of the saved model's class, whose weights are replaced; needed when the run has no
+            ``config.json`` and was not made from ``package.module:factory``.
+        sample: One batch for the traced forward; see ``plan``.
+        device: Where the model goes.
+        trust_remote_code: Run code that lies beside the weights.
+
+    Raises:
+        UserError: not a run, damaged, or of another model.
+    """
+    path = Path(path)
+    files = read_run(path)
+    loaded = _skeleton(files, model, device, trust_remote_code)
+    loaded.source = files.record.model
+    load_tensors(loaded.model, _state_dict(files))
+    door = _door(loaded, sample)
+    door.prepare(files.plan)
+    set_ranges(loaded.model, _ranges(files).get)
+    return Run(loaded, read_recipe(files.recipe, str(path / "recipe.yaml")), files.plan, files.record, door)
+
+
+def export(
+    run: Run | str | Path,
+    path: str | Path,
+    *,
+    layout: str = "modelopt",
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> Path:
+    """Write the checkpoint ``path`` that inference engines load.
+
+    Args:
+        run: A quantized model, or a run directory (no model is built then).
+        path: The directory to write; an earlier checkpoint of the same layout is replaced at the end.
+        layout: Its layout.
+        dtype: What floating tensors that stay unquantized are cast to; ``None``: as they are.
+        trust_remote_code: Copy the model's Python files, too.
+
+    Raises:
+        UserError: the layout cannot hold the run, ``path`` holds something else, or the disk is too small.
+    """
+    writer = exporter(layout)
+    if isinstance(run, Run):
+        snapshot, the_plan, directory = run.door.snapshot(), run.plan, run.loaded.directory
+    else:
+        files = read_run(Path(run))
+        snapshot, the_plan, directory = files, files.plan, files.directory
+    _refuse_misfits(the_plan, [layout])
+    return writer.write(
+        snapshot,
+        the_plan,
+        source_directory=directory,
+        out=Path(path),
+        float_dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
+
+
 def compared(before: Metrics, after: Metrics) -> dict[str, dict[str, MetricRecord]]:
     """Task -> metric -> both values, and the paired standard error of their difference."""
     return {
@@ -224,20 +322,54 @@ def _refuse_early(
     the_plan: Plan, batches: Iterable[Any] | None, layouts: Iterable[str], tasks: Sequence[Task], loaded: LoadedModel
 ) -> None:
     """Everything that can be known to fail, before any work."""
-    waiting = needs_data(the_plan)
-    if waiting and batches is None:
-        raise UserError(
-            f"recipe '{the_plan.recipe}' has {len(waiting)} static activation quantizers (such as '{waiting[0]}'), whose "
-            "ranges only data can tell: give calibration data, or choose a dynamic or weight-only recipe"
-        )
+    if batches is None:
+        require_no_data(the_plan)
+    _refuse_misfits(the_plan, layouts)
+    for task in tasks:
+        task.check(loaded)
+
+
+def _refuse_misfits(the_plan: Plan, layouts: Iterable[str]) -> None:
     for layout in layouts:
         problems = exporter(layout).problems(the_plan)
         if problems:
             shown = "".join(f"\n  {problem}" for problem in problems[:5])
             more = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
             raise UserError(f"layout '{layout}' cannot hold this plan:{shown}{more}")
-    for task in tasks:
-        task.check(loaded)
+
+
+def _skeleton(files: RunFiles, model: nn.Module | None, device: str, trust_remote_code: bool) -> LoadedModel:
+    """The saved model without its weights."""
+    if model is not None:
+        return describe_module(model.to(device))
+    if (files.directory / "config.json").is_file():
+        floats = (tensor.dtype for _, tensor in files.passthrough() if tensor.is_floating_point())
+        dtype = next(floats, torch.float32)
+        return open_untrained(files.directory, device=device, dtype=str(dtype).removeprefix("torch."))
+    if is_callable_name(files.record.model):
+        return open_model(files.record.model, device=device, trust_remote_code=trust_remote_code)
+    raise UserError(
+        f"run {files.directory} was made from a module in memory ({files.plan.facts.type_name}): "
+        "build it again and pass it, octavo.load(path, model)"
+    )
+
+
+def _state_dict(files: RunFiles) -> dict[str, torch.Tensor]:
+    """Everything the model had, the quantized weights as what their codes mean."""
+    tensors = dict(files.passthrough()) | dict(dequantized_weights(files))
+    return tensors | {alias: tensors[owner] for alias, owner in files.tied().items()}
+
+
+def _ranges(files: RunFiles) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
+    """Quantizer name -> scale and zero point, of every static quantizer that was on."""
+    ranges: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
+    for layer in files.layers():
+        if layer.weight is not None and isinstance(layer.weight.scale, torch.Tensor):
+            ranges[quantizer_name(layer.name, Slot.WEIGHT)] = layer.weight.scale, layer.weight.zero_point
+        for slot, activation in layer.activations.items():
+            if activation.scale is not None:
+                ranges[quantizer_name(layer.name, slot)] = activation.scale, activation.zero_point
+    return ranges
 
 
 def _measure(

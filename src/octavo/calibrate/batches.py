@@ -34,6 +34,16 @@ def needs_data(plan: Plan) -> list[str]:
     return [name for name, spec in plan.quantizers() if not spec.is_dynamic and not name.endswith(weight)]
 
 
+def require_no_data(plan: Plan) -> None:
+    """Raise ``UserError`` when ``plan`` has ranges that only data can tell."""
+    waiting = needs_data(plan)
+    if waiting:
+        raise UserError(
+            f"recipe '{plan.recipe}' has {len(waiting)} static activation quantizers (such as '{waiting[0]}'), whose "
+            "ranges only data can tell: give calibration data, or choose a dynamic or weight-only recipe"
+        )
+
+
 def calibrate(door: Door, plan: Plan, batches: Iterable[Any] | None, *, track: Track = silent) -> Calibrated:
     """Find every range of ``plan``: activations by one pass over ``batches``, weights by one look at each.
 
@@ -47,14 +57,10 @@ def calibrate(door: Door, plan: Plan, batches: Iterable[Any] | None, *, track: T
         UserError: the plan needs data and there is none.
         NotFiniteError: NaN or inf in an activation or a weight, with the quantizer's name.
     """
-    waiting = needs_data(plan)
     num_batches = 0
-    if waiting:
-        if batches is None:
-            raise UserError(
-                f"recipe '{plan.recipe}' has {len(waiting)} static activation quantizers (such as '{waiting[0]}'), whose "
-                "ranges only data can tell: give calibration data, or choose a dynamic or weight-only recipe"
-            )
+    if batches is None:
+        require_no_data(plan)
+    elif needs_data(plan):
         with door.observe():
             for batch in track(batches, "calibrate"):
                 door.run(batch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -90,7 +90,7 @@ def _redirects(calls: Sequence[tuple[int, AttentionCall]], depth: int) -> dict[P
     return result
 
 
-@lru_cache(maxsize=None)
+@cache
 def attention_class(cls: type[nn.Module], calls: tuple[tuple[int, AttentionCall], ...]) -> type[nn.Module]:
     """A subclass of ``cls`` whose attention calls pass the quantizers.
 

@@ -115,7 +115,7 @@ class TorchDoor:
 
     def strip(self) -> None:
         """See ``Door.strip``."""
-        surgery.remove(self.model)
+        surgery.strip(self.model)
         self._plan = None
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -204,7 +204,7 @@ def obstacle(module: nn.Module, kind: LayerKind) -> str:
     return ""
 
 
-@lru_cache(maxsize=None)
+@cache
 def quantized_class(cls: type[nn.Module], counterpart: type[nn.Module]) -> type[nn.Module]:
     """A class that computes as ``counterpart``, is still a ``cls`` and remembers it (``octavo_original``)."""
     bases = (counterpart,) if issubclass(counterpart, cls) else (counterpart, cls)

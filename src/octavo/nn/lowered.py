@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +67,7 @@ class PackedWeight(nn.Module):
 
     def _apply(self, fn: object, recurse: bool = True) -> PackedWeight:
         """Scales keep their dtype when the model is cast; only ``like`` follows."""
-        before = {name: b for name, b in self.packed.named_buffers()}
+        before = dict(self.packed.named_buffers())
         super()._apply(fn, recurse)
         for name, kept in before.items():
             holder, _, leaf = name.rpartition(".")
@@ -82,7 +82,7 @@ def _unpacking(name: str) -> property:
     return property(lambda self: self._modules[f"packed_{name}"]())
 
 
-@lru_cache(maxsize=None)
+@cache
 def _lowered_class(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     """``cls`` whose parameters ``names`` are unpacked whenever they are read."""
     body = {name: _unpacking(name) for name in names}

@@ -139,7 +139,7 @@ def _compile_inside_factory(tree: ast.FunctionDef, code: CodeType, extra: tuple[
 
 
 def method_with_code(cls: type, code: CodeType) -> tuple[str, FunctionType] | None:
-    """The method of ``cls`` in which ``code`` runs, seen through decorators: its name and the function with that code."""
+    """The method of ``cls`` in which ``code`` runs, seen through decorators: name and function with that code."""
     for base in cls.__mro__:
         for name, attribute in vars(base).items():
             if isinstance(attribute, FunctionType):

@@ -181,7 +181,8 @@ def _multihead_sites(
         ""
         if own.forward is nn.MultiheadAttention.forward
         else (
-            f"{own.__name__} is a MultiheadAttention with a forward of its own: hand in its counterpart with octavo.register"
+            f"{own.__name__} is a MultiheadAttention with a forward of its own: "
+            "hand in its counterpart with octavo.register"
         )
     )
     weights = {name: p for name, p in module._parameters.items() if p is not None and name.endswith("_weight")}

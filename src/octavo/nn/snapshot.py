@@ -97,6 +97,7 @@ def slot_of(child_name: str) -> Slot:
 def weight_key(path: str, holder: nn.Module) -> str:
     """State-dict key of the weight that a weight quantizer under ``path`` serves.
 
-    It is ``weight`` of the same module, or ``<name>_weight`` of the parent for a projection of ``nn.MultiheadAttention``.
+    It is ``weight`` of the same module, or ``<name>_weight`` of the parent for a projection of
+    ``nn.MultiheadAttention``.
     """
     return f"{path}.weight".strip(".") if "weight" in holder._parameters else f"{path}_weight"

@@ -40,7 +40,7 @@ def insert(model: nn.Module, plan: Plan, sites: Mapping[str, Site]) -> None:
         _redirect_attention(model, plan, sites)
         _close_side_doors(model)
     except BaseException:
-        remove(model)
+        strip(model)
         raise
 
 
@@ -148,7 +148,7 @@ def _close_side_doors(model: nn.Module) -> None:
             module.__dict__["save_pretrained"] = _refuse_save
 
 
-def remove(model: nn.Module) -> None:
+def strip(model: nn.Module) -> None:
     """Take every quantizer out and give every module the class it had.
 
     Raises:

@@ -158,7 +158,7 @@ class _Watcher:
             for part, macs in _multihead_macs(module, args, kwargs).items():
                 self._add(f"{path}.{part}".strip("."), macs)
         elif kind is not None and isinstance(output, Tensor):
-            self._add(path, _layer_macs(module, kind, output))
+            self._add(path, _layer_macs(module, kind, _first_tensor(args, kwargs), output))
         if not path and output is not None:
             raise _SeenEnough
 
@@ -171,23 +171,13 @@ def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | Non
     return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
 
 
-def _layer_macs(module: nn.Module, kind: LayerKind, output: Tensor) -> int:
+def _layer_macs(module: nn.Module, kind: LayerKind, x: Tensor | None, output: Tensor) -> int:
     weight = module._parameters.get("weight")
-    if weight is None or kind.operation in ("embedding", "norm"):
+    if weight is None or x is None or kind.operation in ("embedding", "norm"):
         return 0
-    outputs, inputs = kind.view(weight).matrix_shape
-    if kind.operation == "conv_transposed":
-        kernel = weight[0, 0].numel()
-        return output.numel() * inputs // (kernel * module.groups) * kernel // _upsampling(module)
-    return output.numel() * inputs
-
-
-def _upsampling(module: Any) -> int:
-    """Output positions per input position: that many kernel taps of a transposed convolution meet nothing."""
-    total = 1
-    for stride in module.stride:
-        total *= stride
-    return total
+    if kind.operation == "conv_transposed":  # every input value meets every weight of its channel
+        return x.numel() * weight[0].numel()
+    return output.numel() * kind.view(weight).matrix_shape[1]
 
 
 def _multihead_macs(module: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, int]:
