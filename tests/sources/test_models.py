@@ -6,11 +6,11 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
-from sources import tiny
 from torch import nn
 
 from octavo.errors import UserError
 from octavo.sources import ModelKind, companion_files, describe_module, open_model, open_untrained
+from sources import tiny
 
 KINDS = {
     "clip": ModelKind.DUAL_ENCODER,
@@ -66,8 +66,9 @@ def test_weights_are_float32_unless_asked_otherwise(saved, tmp_path):
     assert open_model(directory, dtype="auto").dtype is torch.bfloat16
 
 
-def test_an_untrained_model_has_the_same_tensors(saved):
-    trained, untrained = open_model(saved("clip")), open_untrained(saved("clip"))
+@pytest.mark.parametrize("name", ["clip", "sentence_bert", "llama"])
+def test_an_untrained_model_has_the_same_tensors(saved, name):
+    trained, untrained = open_model(saved(name)), open_untrained(saved(name))
     shapes = {name: tensor.shape for name, tensor in trained.model.state_dict().items()}
     assert {name: tensor.shape for name, tensor in untrained.model.state_dict().items()} == shapes
     assert untrained.kind is trained.kind
@@ -125,9 +126,10 @@ def test_a_wrong_factory_is_told(factories, source, message):
         open_model(source)
 
 
-def test_a_missing_directory_is_told():
-    with pytest.raises(UserError, match=r"model './no/such/dir': no such directory"):
-        open_model("./no/such/dir")
+@pytest.mark.parametrize("source", ["./no/such/dir", "missing.onnx", "runs/model.pt"])
+def test_a_missing_directory_is_told_without_asking_the_hub(source):
+    with pytest.raises(UserError, match=f"model '{source}': no such directory. A model is"):
+        open_model(source)
 
 
 def test_an_id_without_connection_says_what_was_tried(monkeypatch):

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-WORDS = (
-    "a photo picture image of the red green blue cat dog bird car tree house small large is on in and under sits runs "
-    "sees near old new two one three it was not never always here there who what ."
-).split()
+_SENTENCE = (
+    "a photo picture image of the red green blue cat dog bird car tree house small large is on in and "
+    "under sits runs sees near old new two one three it was not never always here there who what ."
+)
+WORDS = tuple(_SENTENCE.split())
 CLASSES = ("blue_cat", "green_dog", "red_car")
 
 

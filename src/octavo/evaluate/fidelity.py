@@ -83,8 +83,9 @@ class Fidelity:
         for inputs in runs:
             values = logits(loaded, inputs)
             width = values.shape[-1] if values.ndim == 3 else values[0].numel()
-            blocks += rows_of(values, inputs, places_each=max(1, MAX_KEPT // (width * max(1, runs.num_samples))))
-            kept = sum(block.numel() for block in blocks)
+            found = rows_of(values, inputs, places_each=max(1, MAX_KEPT // (width * runs.num_samples)))
+            blocks += found
+            kept += sum(block.numel() for block in found)
             if kept >= MAX_KEPT:
                 break
         return blocks

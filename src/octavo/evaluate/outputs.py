@@ -96,7 +96,9 @@ def rows_of(values: Tensor, inputs: Any, *, places_each: int) -> list[Tensor]:
 
 def _token_mask(inputs: Any, values: Tensor) -> Tensor:
     """``(B, T)``: 1 where ``values`` belong to a real token; all of them when nothing says otherwise."""
-    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) and "decoder_input_ids" not in inputs else None
+    mask: Tensor | None = (
+        inputs.get("attention_mask") if isinstance(inputs, Mapping) and "decoder_input_ids" not in inputs else None
+    )
     if mask is None or mask.shape != values.shape[:2]:
         return torch.ones(values.shape[:2], dtype=torch.long, device=values.device)
     return mask.to(values.device)

@@ -74,7 +74,7 @@ def batches(
     if loaded.kind is ModelKind.CAUSAL_LM and data.whole_text is not None:
         return _windows(data, loaded, batch_size, num_samples, max_length, rng)
     samples, make = inputs_of(data, loaded, max_length)
-    chosen = _draw(len(samples), num_samples, data.name, rng)
+    chosen = _draw(len(samples), num_samples, data, rng)
     chunks = _by_length([samples[i] for i in chosen], batch_size, rng)
     return Batches(chunks, make, num_samples=len(chosen))
 
@@ -102,7 +102,9 @@ def check_fit(data: Dataset, loaded: LoadedModel) -> None:
 
 def token_windows(tokens: Tensor, length: int) -> list[Tensor]:
     """``(num_tokens,)`` cut into windows of ``length``; a shorter rest is left out unless it is all there is."""
-    return list(tokens[: len(tokens) // length * length].split(length)) if len(tokens) >= length else [tokens]
+    if len(tokens) < length:
+        return [tokens]
+    return list(torch.split(tokens[: len(tokens) // length * length], length))
 
 
 def window_length(loaded: LoadedModel, max_length: int | None) -> int:
@@ -127,7 +129,7 @@ def _windows(
 ) -> Batches:
     tokens = processor_of(loaded).token_ids(data.text_stream())
     windows = token_windows(tokens, window_length(loaded, max_length))
-    chosen = [windows[i] for i in _draw(len(windows), num_samples, data.name, rng)]
+    chosen = [windows[i] for i in _draw(len(windows), num_samples, data, rng)]
     chunks = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
     return Batches(chunks, _stack_windows, num_samples=len(chosen))
 
@@ -187,12 +189,12 @@ def readable(class_name: str) -> str:
     return class_name.replace("_", " ").strip()
 
 
-def _draw(count: int, num_samples: int | None, name: str, rng: random.Random) -> list[int]:
+def _draw(count: int, num_samples: int | None, data: Dataset, rng: random.Random) -> list[int]:
     if num_samples is None or num_samples >= count:
         if num_samples is not None and num_samples > count:
-            logger.warning("data '%s' has %d samples, fewer than the %d asked for", name, count, num_samples)
+            logger.warning("data '%s' has %d samples, fewer than the %d asked for", data.name, count, num_samples)
         return list(range(count))
-    return rng.sample(range(count), num_samples)
+    return list(range(num_samples)) if data.is_in_random_order else rng.sample(range(count), num_samples)
 
 
 def _by_length(samples: list[Sample], batch_size: int, rng: random.Random) -> list[list[Sample]]:

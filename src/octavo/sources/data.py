@@ -22,6 +22,7 @@ from octavo.sources.samples import DataKind, Dataset, LazySamples, Sample, kind_
 from octavo.sources.tables import TABLE_SUFFIXES, is_hub_data, open_hub_data, open_local_tables
 
 _NUM_DEMO_CALIBRATION = 8192
+_FIRST_DRAWN = 512
 
 
 def open_data(spec: str | Path) -> Dataset:
@@ -29,7 +30,7 @@ def open_data(spec: str | Path) -> Dataset:
 
     Args:
         spec: a text file, JSON lines, a folder of pictures (one directory for each class, or flat), a directory
-            or id of the datasets library (``ID@CONFIG#SPLIT``), ``package.module:function`` (returns samples or
+            or id of the datasets library (``OWNER/NAME@CONFIG#SPLIT``), ``package.module:function`` (returns samples or
             batches), or ``demo:NAME``.
 
     Raises:
@@ -43,13 +44,16 @@ def open_data(spec: str | Path) -> Dataset:
         return _open_directory(path, name)
     if path.is_file():
         return _open_file(path, name)
+    place, _, split = name.rpartition("#")
+    if place and Path(place).expanduser().is_dir():
+        return open_local_tables(Path(place).expanduser(), name, split=split)
     if is_callable_name(name):
         return _from_function(name)
     if is_hub_data(name):
         return open_hub_data(name)
     raise UserError(
         f"data '{name}': no such file or directory. Data is a text file, a .jsonl file, a folder of pictures, "
-        "an id of the datasets library, package.module:function, or demo:NAME"
+        "an id of the datasets library (OWNER/NAME), package.module:function, or demo:NAME"
     )
 
 
@@ -103,7 +107,17 @@ def _from_function(name: str) -> Dataset:
 
 
 def _demo_calibration() -> Dataset:
-    return _pairs(tasks.calibration_pairs(_NUM_DEMO_CALIBRATION, seed=0), "demo:calibration")
+    """Pairs that are drawn when they are asked for: all 8,192 take seconds, and most runs need a few hundred."""
+    drawn: list[Sample] = []
+
+    def pair(index: int) -> Sample:
+        if index >= len(drawn):
+            wanted = min(_NUM_DEMO_CALIBRATION, max(_FIRST_DRAWN, 2 * index))
+            drawn[:] = _pairs(tasks.calibration_pairs(wanted, seed=0), "demo:calibration").samples
+        return drawn[index]
+
+    samples = LazySamples(_NUM_DEMO_CALIBRATION, pair)
+    return Dataset("demo:calibration", DataKind.CAPTIONED_IMAGES, samples, is_in_random_order=True)
 
 
 def _demo_scenes() -> Dataset:

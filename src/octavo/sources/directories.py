@@ -11,6 +11,7 @@ from octavo.errors import UserError
 from octavo.sources.extras import require
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_FILES = (*_PICKLES, ".onnx", ".gguf", ".safetensors", ".json")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 _HUB_LEAVE = ["onnx/*", "openvino/*", "original/*", "consolidated*"]
@@ -29,7 +30,7 @@ def find_directory(source: str, *, trust_remote_code: bool) -> Path:
         return path
     if path.is_file():
         raise UserError(_file_problem(path))
-    if _HUB_ID.fullmatch(source) is None:
+    if _HUB_ID.fullmatch(source) is None or path.suffix in _FILES:
         raise UserError(
             f"model '{source}': no such directory. A model is a Hugging Face directory or id, "
             "package.module:factory, or demo:NAME"

@@ -103,17 +103,18 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 def _features(output: Any) -> Tensor:
     """Before version 5 transformers returned the tensor itself."""
-    return (output if isinstance(output, Tensor) else output["pooler_output"]).float()
+    features: Tensor = output if isinstance(output, Tensor) else output["pooler_output"]
+    return features.float()
 
 
 def _pooled_text(loaded: LoadedModel, inputs: Inputs) -> Tensor:
     # a head for words or classes is left aside: base_model is the encoder below it, quantized with the rest
-    base = loaded.model.base_model
-    accepted = {key: value for key, value in inputs.items() if key != "labels"}
-    output = base(**accepted)
+    model: Any = loaded.model
+    output = model.base_model(**inputs)
     if "text_embeds" in output:
-        return output["text_embeds"].float()
-    tokens_BTD = output["last_hidden_state"]
+        embedded: Tensor = output["text_embeds"]
+        return embedded.float()
+    tokens_BTD: Tensor = output["last_hidden_state"]
     mask_BT = inputs.get("attention_mask")
     if mask_BT is None:
         mask_BT = torch.ones(tokens_BTD.shape[:2], dtype=torch.long, device=tokens_BTD.device)
@@ -122,8 +123,9 @@ def _pooled_text(loaded: LoadedModel, inputs: Inputs) -> Tensor:
 
 def _pooled_image(output: Any) -> Tensor:
     for key in ("image_embeds", "pooler_output"):
-        if isinstance(output.get(key), Tensor):
-            return output[key].flatten(1).float()
+        pooled = output.get(key)
+        if isinstance(pooled, Tensor):
+            return pooled.flatten(1).float()
     hidden = output["feature_maps"][-1] if "feature_maps" in output else output["last_hidden_state"]
     return _mean_of_places(hidden.float())
 

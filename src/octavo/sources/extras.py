@@ -21,7 +21,7 @@ def require(package: str, *, needed_for: str) -> None:
     except ModuleNotFoundError as error:
         if error.name != package:
             raise
-        raise MissingExtra(package, "hf", needed_for) from error
+        raise MissingExtra({"PIL": "pillow"}.get(package, package), "hf", needed_for) from error
 
 
 def is_callable_name(source: str) -> bool:

@@ -82,7 +82,9 @@ def open_model(
     return _describe(model.to(target).eval(), source, directory, trust_remote_code=trust_remote_code)
 
 
-def open_untrained(directory: Path, *, device: str = "cpu", dtype: str | None = None) -> LoadedModel:
+def open_untrained(
+    directory: Path, *, device: str = "cpu", dtype: str | None = None, trust_remote_code: bool = False
+) -> LoadedModel:
     """The model that ``directory`` describes, with arbitrary weights: for those who bring their own.
 
     Raises:
@@ -90,8 +92,8 @@ def open_untrained(directory: Path, *, device: str = "cpu", dtype: str | None = 
     """
     target = check_device(device)
     _check_dtype(dtype)
-    model = build_untrained(directory, dtype=dtype or "float32")
-    return _describe(model.to(target).eval(), str(directory), directory, trust_remote_code=False)
+    model = build_untrained(directory, dtype=dtype or "float32", trust_remote_code=trust_remote_code)
+    return _describe(model.to(target).eval(), str(directory), directory, trust_remote_code=trust_remote_code)
 
 
 def describe_module(model: nn.Module, processor: Any = None) -> LoadedModel:

@@ -50,16 +50,19 @@ def load_pretrained(directory: Path, *, dtype: str, trust_remote_code: bool) -> 
     return loaded
 
 
-def build_untrained(directory: Path, *, dtype: str) -> nn.Module:
+def build_untrained(directory: Path, *, dtype: str, trust_remote_code: bool = False) -> nn.Module:
     """The model that ``config.json`` in ``directory`` describes, with arbitrary weights.
 
     Raises:
         UserError: ``config.json`` is missing or describes no model that is known.
     """
-    config, model_class = _find_class(directory, trust_remote_code=False)
-    with _quiet():
-        model: nn.Module = model_class._from_config(config, dtype=config.dtype if dtype == "auto" else DTYPES[dtype])
-    return model
+    config, model_class = _find_class(directory, trust_remote_code=trust_remote_code)
+    wanted = config.dtype if dtype == "auto" else DTYPES[dtype]
+    if issubclass(model_class, nn.Module):
+        untrained: nn.Module = model_class._from_config(config, dtype=wanted)
+    else:  # one of the Auto classes
+        untrained = model_class.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
+    return untrained
 
 
 def _find_class(directory: Path, *, trust_remote_code: bool) -> tuple[Any, Any]:
@@ -127,9 +130,9 @@ def _quiet() -> Iterator[None]:
     from transformers.utils import logging as hf_logging
 
     was_enabled = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
+    hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         if was_enabled:
-            hf_logging.enable_progress_bar()
+            hf_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

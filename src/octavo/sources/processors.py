@@ -132,7 +132,7 @@ class Processor:
         Raises:
             UserError: the directory has no image processor.
         """
-        require("PIL", needed_for="pictures")
+        require("PIL", needed_for="reading pictures")
         return dict(self.image_processor(images=[_to_pil(image) for image in images], return_tensors="pt"))
 
     def pairs(self, images: Sequence[Any], texts: Sequence[str], max_length: int | None = None) -> dict[str, Tensor]:

@@ -61,6 +61,7 @@ class Dataset:
 
     ``name`` is what the user wrote. ``whole_text`` is the text file that the samples are paragraphs of.
     ``templates`` are the sentences that a class name is put into (``"a photo of a {}."``).
+    Of samples that are ``is_in_random_order`` the first few are as good as any: the others need not be made.
     The samples of ``DataKind.BATCHES`` are batches, as the user's function gave them.
     """
 
@@ -70,6 +71,7 @@ class Dataset:
     class_names: tuple[str, ...] | None = None
     templates: tuple[str, ...] | None = None
     whole_text: str | None = None
+    is_in_random_order: bool = False
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -136,7 +138,7 @@ def read_image(image: Any) -> Any:
     """
     if isinstance(image, np.ndarray):
         return image
-    require("PIL", needed_for="pictures")
+    require("PIL", needed_for="reading pictures")
     from PIL import Image, UnidentifiedImageError
 
     if not isinstance(image, (str, Path)):

@@ -12,7 +12,6 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -49,7 +48,7 @@ class SentenceHead:
     stages: tuple[Callable[[Tensor], Tensor], ...] = ()
     max_length: int | None = None
     is_lower_case: bool = False
-    prompts: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    prompts: Mapping[str, str] = field(default_factory=dict)
     default_prompt: str | None = None
 
     def __call__(self, tokens_BTD: Tensor, mask_BT: Tensor) -> Tensor:
@@ -61,12 +60,11 @@ class SentenceHead:
         return vectors
 
     def prompt(self, role: str | None) -> str:
-        """What is written before a text: of a ``"query"``, of a ``"document"``, or of neither (None)."""
-        names = {"query": ("query",), "document": ("document", "passage", "corpus")}.get(role or "", ())
-        for name in (*names, self.default_prompt):
-            if name is not None and name in self.prompts:
-                return self.prompts[name]
-        return ""
+        """What is written before a text: of a ``"query"``, of a ``"document"``, or of neither (None).
+
+        As ``encode_query``, ``encode_document`` and ``encode`` do it.
+        """
+        return self.prompts.get(role or self.default_prompt or "", "")
 
 
 def pool(tokens_BTD: Tensor, mask_BT: Tensor, mode: str) -> Tensor:
@@ -109,7 +107,7 @@ def read_sentence_head(directory: Path) -> SentenceHead | None:
         stages=tuple(stages),
         max_length=settings.get("max_seq_length"),
         is_lower_case=bool(settings.get("do_lower_case", False)),
-        prompts=MappingProxyType({k: v for k, v in (prompts.get("prompts") or {}).items() if v}),
+        prompts={key: text for key, text in (prompts.get("prompts") or {}).items() if text},
         default_prompt=prompts.get("default_prompt_name"),
     )
 
