@@ -9,8 +9,9 @@ ATTENTION_SLOTS = (Slot.QUERY, Slot.KEY, Slot.VALUE, Slot.SOFTMAX, Slot.ATTENTIO
 TOKENS = 16
 
 
-def linear(name: str, out_features: int, in_features: int, **facts: object) -> SiteFacts:
+def linear(name: str, out_features: int, in_features: int, tied_to: str = "") -> SiteFacts:
     values = out_features * in_features
+    own = {f"{name}.bias": out_features} | ({} if tied_to else {f"{name}.weight": values})
     return SiteFacts(
         name,
         "linear",
@@ -18,16 +19,16 @@ def linear(name: str, out_features: int, in_features: int, **facts: object) -> S
         LAYER_SLOTS,
         base_types=("Module",),
         weight_shape=(out_features, in_features),
-        parameters={"weight": values, "bias": out_features},
-        parameter_bytes=4 * (values + out_features),
-        weight_name="weight",
+        parameters=own,
+        parameter_bytes=4 * sum(own.values()),
+        weight_name=f"{name}.weight",
         macs=TOKENS * values,
-        **facts,
+        tied_to=tied_to,
     )
 
 
 def norm(name: str, width: int) -> SiteFacts:
-    parameters = {"weight": width, "bias": width}
+    parameters = {f"{name}.weight": width, f"{name}.bias": width}
     return SiteFacts(name, "norm", "LayerNorm", (Slot.INPUT,), parameters=parameters, parameter_bytes=8 * width, macs=0)
 
 
@@ -38,9 +39,9 @@ def embedding(name: str, rows: int, width: int) -> SiteFacts:
         "Embedding",
         (Slot.WEIGHT,),
         weight_shape=(rows, width),
-        parameters={"weight": rows * width},
+        parameters={f"{name}.weight": rows * width},
         parameter_bytes=4 * rows * width,
-        weight_name="weight",
+        weight_name=f"{name}.weight",
         macs=0,
     )
 
@@ -53,9 +54,9 @@ def patches(name: str, width: int) -> SiteFacts:
         LAYER_SLOTS,
         base_types=("_ConvNd", "Module"),
         weight_shape=(width, 192),
-        parameters={"weight": width * 192},
+        parameters={f"{name}.weight": width * 192},
         parameter_bytes=4 * width * 192,
-        weight_name="weight",
+        weight_name=f"{name}.weight",
         macs=width * 192 * 64,
     )
 
@@ -65,12 +66,13 @@ def attention(name: str, width: int) -> SiteFacts:
 
 
 def bare_parameter(module: str, type_name: str, name: str, count: int) -> SiteFacts:
-    return SiteFacts(module, "other", type_name, parameters={name: count}, parameter_bytes=4 * count)
+    full = name if module == "(model)" else f"{module}.{name}"
+    return SiteFacts(module, "other", type_name, parameters={full: count}, parameter_bytes=4 * count)
 
 
 def model(name: str, sites: list[SiteFacts], *, type_name: str = "Model", buffers: int = 0) -> ModelFacts:
-    parameters = sum(sum(site.parameters.values()) for site in sites if not site.tied_to)
-    total_bytes = sum(site.parameter_bytes for site in sites if not site.tied_to) + buffers
+    parameters = sum(sum(site.parameters.values()) for site in sites)
+    total_bytes = sum(site.parameter_bytes for site in sites) + buffers
     return ModelFacts(name, type_name, tuple(sites), parameters, total_bytes, was_traced=True)
 
 
@@ -101,7 +103,7 @@ def clip() -> ModelFacts:
         norm("vision_model.post_layernorm", width),
     ]
     heads = [linear("visual_projection", 64, width), linear("text_projection", 64, width)]
-    root = [bare_parameter("", "CLIPModel", "logit_scale", 1)]
+    root = [bare_parameter("(model)", "CLIPModel", "logit_scale", 1)]
     return model("demo:clip", root + text + vision + heads, type_name="CLIPModel", buffers=1040)
 
 

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from hand_made_facts import clip, linear
 from octavo.report.fold import fold_names
-from octavo.report.terminal import leave_hint
 from octavo.spec.select import parse_pattern
 
 PARTS = st.sampled_from(["0", "1", "2", "3", "7", "07", "q_proj", "k_proj", "fc", "mlp", "_proj"])
@@ -41,12 +40,6 @@ def test_every_name_is_in_one_pattern_that_matches_it(names: list[str]) -> None:
     for pattern, members in folded.items():
         matched = [name for name in names if parse_pattern(pattern).matches_site(linear(name, 2, 2))]
         assert sorted(matched) == sorted(members)
-
-
-def test_the_hint_leaves_out_what_it_was_given() -> None:
-    assert leave_hint(["h.0.fc.input_quantizer", "h.3.fc.input_quantizer", "head.weight_quantizer"]) == (
-        "--leave 'h.{0,3}.fc.input_quantizer' --leave 'head.weight_quantizer'"
-    )
 
 
 def test_a_real_model_folds_to_a_handful() -> None:

@@ -146,7 +146,7 @@ def test_attention_that_was_not_looked_for_is_told_apart() -> None:
 def test_a_pattern_that_matches_nothing_is_named_with_rule_and_nearest() -> None:
     recipe = read_recipe("extends: fp8\nrules:\n  - select: '*.qery'\n    leave: true\n", "my.yaml", default_name="my")
     message = refusal(recipe)
-    assert message.startswith("pattern '*.qery' (my rule 1 (my.yaml:3)) matches no site and no quantizer of this model")
+    assert message.startswith("pattern '*.qery' (my rule 1 (my.yaml:3)) matches no layer and no quantizer")
     assert "did you mean '*.query'" in message
 
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from hand_made_facts import attention, clip, encoder, linear, norm
 from octavo.errors import UserError
 from octavo.spec.facts import SiteFacts, Slot
-from octavo.spec.select import no_match_message, parse_pattern, quantizer_name, suggest
+from octavo.spec.select import parse_pattern, quantizer_name
+from octavo.spec.suggest import no_match_message, suggest
 
 NAMES = st.text(alphabet="abc.019_#", max_size=12)
 FC1 = linear("vision_model.encoder.layers.0.mlp.fc1", 8, 4)
@@ -91,6 +92,16 @@ def test_a_quantizer_pattern_means_one_slot() -> None:
     assert not parse_pattern("*q_bmm_quantizer").matching_slots(FC1)
 
 
+def test_a_parameter_means_its_quantizer() -> None:
+    assert parse_pattern("*.fc1.weight").matching_slots(FC1) == (Slot.WEIGHT,)
+    assert parse_pattern("*.fc1.bias").matching_slots(FC1) == ()
+    assert matches("*.fc1.bias", FC1)
+
+
+def test_the_shared_weight_of_a_tied_head_has_the_name_of_the_head_too() -> None:
+    assert matches("lm_head.weight", linear("lm_head", 4, 4, tied_to="embed"))
+
+
 @pytest.mark.parametrize("text", ["*softmax_quantizer", "*p_bmm_quantizer"])
 def test_the_softmax_quantizer_has_two_names(text: str) -> None:
     assert parse_pattern(text).matching_slots(attention("a.self_attn", 8)) == (Slot.SOFTMAX,)
@@ -150,10 +161,10 @@ def test_whatever_is_suggested_matches_something(text: str) -> None:
 
 def test_the_message_names_the_pattern_its_origin_and_the_nearest() -> None:
     message = no_match_message(parse_pattern("*pooler.dens"), encoder().sites, "mine rule 2 (mine.yaml:7)")
-    assert message.startswith("pattern '*pooler.dens' (mine rule 2 (mine.yaml:7)) matches no site and no quantizer")
+    assert message.startswith("pattern '*pooler.dens' (mine rule 2 (mine.yaml:7)) matches no layer and no quantizer")
     assert "did you mean '*pooler.dense'" in message
 
 
 def test_without_anything_near_the_message_shows_what_there_is() -> None:
     message = no_match_message(parse_pattern("zzzzzz"), [norm("a.ln", 4), linear("b.fc", 4, 4)], "--leave")
-    assert message.endswith("sites here are for instance 'a.ln' or 'b.fc'; `octavo plan` lists them all")
+    assert message.endswith("layers here are for instance 'a.ln' or 'b.fc'; `octavo plan` lists them all")

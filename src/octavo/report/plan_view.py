@@ -150,12 +150,12 @@ def _shown_names(decision: Decision) -> list[str]:
     site = decision.site
     if site.operation != "other" or not site.parameters:
         return [site.name or site.type_name]
-    return [f"{site.name}.{name}" if site.name else name for name in site.parameters]
+    return list(site.parameters)
 
 
 def _row(plan: Plan, name: str, operation: str, shape: tuple[int, ...], members: Sequence[Decision]) -> _Row:
     sites = {decision.site.name: decision for decision in members}.values()
-    parameters = sum(decision.num_parameters for decision in sites if not decision.site.tied_to)
+    parameters = sum(decision.num_parameters for decision in sites)
     macs = sum(decision.site.macs or 0 for decision in sites)
     total_macs = sum(decision.site.macs or 0 for decision in plan.decisions)
     return _Row(
@@ -171,13 +171,12 @@ def _row(plan: Plan, name: str, operation: str, shape: tuple[int, ...], members:
 def _parameter_rows(decision: Decision) -> list[tuple[str, int, str, str]]:
     """Name, number of values, format, reason; an activation quantizer's reason is that of the weight above it."""
     site = decision.site
-    path = site.name.split("#")[0]
     rows = []
     for name, count in site.parameters.items():
         is_weight = name == site.weight_name and decision.weight is not None
         what = str(decision.weight) if is_weight else "as it is"
         reason = decision.rule if is_weight else _why_not(decision, name)
-        rows.append((f"{path}.{name}" if path else name, count, what, reason))
+        rows.append((name, count, what, reason))
     weight = quantizer_name(site.name, Slot.WEIGHT)
     reason = "" if decision.weight is not None else decision.rule
     rows += [(name, 0, str(spec), reason) for name, spec in decision.quantizers() if name != weight]

@@ -202,10 +202,10 @@ class Plan:
                 rule=rule,
                 why=why,
                 num_sites=len(members),
-                num_parameters=sum(member.num_parameters for member in members if not member.site.tied_to),
+                num_parameters=sum(member.num_parameters for member in members),
                 macs=sum(member.site.macs or 0 for member in members) if self.facts.was_traced else None,
-                bytes_before=sum(member.site.parameter_bytes for member in members if not member.site.tied_to),
-                bytes_after=sum(member.bytes_after for member in members if not member.site.tied_to),
+                bytes_before=sum(member.site.parameter_bytes for member in members),
+                bytes_after=sum(member.bytes_after for member in members),
             )
             for (rule, why), members in groups.items()
         )

@@ -23,7 +23,8 @@ from octavo.spec.facts import QUANTIZER_NAMES, ModelFacts, SiteFacts, Slot
 from octavo.spec.plan import Decision, Plan, QuantizerSpec
 from octavo.spec.recipe import Recipe
 from octavo.spec.rule import Leave, Rule
-from octavo.spec.select import Pattern, no_match_message, parse_pattern
+from octavo.spec.select import Pattern, parse_pattern
+from octavo.spec.suggest import no_match_message
 
 _MOST_MISFITS = 3
 
