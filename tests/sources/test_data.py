@@ -142,6 +142,18 @@ def test_demo_data_is_opened_by_name():
         open_data("demo:nothing")
 
 
+def test_demo_pairs_are_drawn_as_far_as_they_are_needed():
+    data = open_data("demo:calibration")
+    assert len(data) == 8192
+    assert data.is_in_random_order
+    few = [data.samples[i] for i in (0, 511)]
+    beyond = data.samples[600]
+    assert beyond.text
+    for before, after in zip(few, [data.samples[i] for i in (0, 511)], strict=True):
+        assert before.text == after.text
+        assert (before.image == after.image).all()
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
