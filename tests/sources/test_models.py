@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from octavo.errors import UserError
-from octavo.sources import ModelKind, companion_files, describe_module, open_model, open_untrained
+from octavo.sources import ModelKind, describe_module, open_model, open_untrained
 from sources import tiny
 
 KINDS = {
@@ -72,12 +72,6 @@ def test_an_untrained_model_has_the_same_tensors(saved, name):
     shapes = {name: tensor.shape for name, tensor in trained.model.state_dict().items()}
     assert {name: tensor.shape for name, tensor in untrained.model.state_dict().items()} == shapes
     assert untrained.kind is trained.kind
-
-
-def test_companions_are_everything_but_weights_and_configuration(saved):
-    names = {str(path) for path in companion_files(saved("sentence_bert"))}
-    assert {"tokenizer.json", "modules.json", "1_Pooling/config.json"} <= names
-    assert not names & {"config.json", "model.safetensors"}
 
 
 def test_a_demo_model_is_opened_by_name():

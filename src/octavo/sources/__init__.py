@@ -2,7 +2,6 @@
 
 from octavo.sources.batches import Batches, batches, check_fit, inputs_of, readable, window_length
 from octavo.sources.data import open_data
-from octavo.sources.directories import companion_files
 from octavo.sources.embeddings import embed_images, embed_texts, logits
 from octavo.sources.feeding import as_batches, feed
 from octavo.sources.inputs import check_inputs, image_inputs, processor_of, text_inputs
@@ -23,7 +22,6 @@ __all__ = [
     "batches",
     "check_fit",
     "check_inputs",
-    "companion_files",
     "describe_module",
     "embed_images",
     "embed_texts",

@@ -15,8 +15,6 @@ _FILES = (*_PICKLES, ".onnx", ".gguf", ".safetensors", ".json")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 _HUB_LEAVE = ["onnx/*", "openvino/*", "original/*", "consolidated*"]
-_COMPANIONS = (".json", ".txt", ".model", ".jinja", ".py")
-_NOT_COMPANIONS = ("config.json", "generation_config.json")
 
 
 def find_directory(source: str, *, trust_remote_code: bool) -> Path:
@@ -69,28 +67,6 @@ def check_weights(directory: Path) -> None:
         "pickles because loading one can run any code. If you trust the file, convert it once:  "
         f"AutoModel.from_pretrained('{directory}').save_pretrained('NEW_DIRECTORY')  writes safetensors"
     )
-
-
-def companion_files(directory: Path) -> list[Path]:
-    """Paths, relative to ``directory``, of what belongs to a model besides configuration and weights.
-
-    The tokenizer's files, the image processor's, those of sentence-transformers' modules, custom code.
-    """
-    found = [path for path in directory.iterdir() if path.suffix in _COMPANIONS and path.is_file()]
-    for module in _sentence_modules(directory):
-        if module.get("path") and (directory / module["path"]).is_dir():
-            found += [path for path in (directory / module["path"]).rglob("*") if _belongs(path)]
-    kept = [path for path in found if path.name not in _NOT_COMPANIONS or path.parent != directory]
-    return sorted(path.relative_to(directory) for path in kept if not path.name.endswith(".index.json"))
-
-
-def _belongs(path: Path) -> bool:
-    return path.is_file() and path.suffix in (*_COMPANIONS, ".safetensors")
-
-
-def _sentence_modules(directory: Path) -> list[dict[str, Any]]:
-    path = directory / "modules.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 
 def _file_problem(path: Path) -> str:
