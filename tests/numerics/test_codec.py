@@ -214,6 +214,11 @@ def test_nan_stays_nan_and_infinity_saturates(element):
 
 
 @every_element
+def test_the_code_of_nan_can_be_read_where_there_is_none(element):
+    assert decode(encode(torch.tensor([math.nan]), element), element).shape == (1,)
+
+
+@every_element
 def test_empty_tensors_and_single_values_are_fine(element):
     assert round_to(torch.empty(0, 3), element).shape == (0, 3)
     assert decode(encode(torch.empty(0, 3), element), element).shape == (0, 3)

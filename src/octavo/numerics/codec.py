@@ -67,9 +67,9 @@ def encode(values: Tensor, element: ElementFormat) -> Tensor:
             wide = _torch_dtype(element)
             return _encode_float(values.float(), element) if wide is None else values.to(wide)
         case CodebookFormat():
-            return torch.bucketize(values.float().contiguous(), _table(element, values.device), out_int32=True).to(
-                torch.uint8
-            )
+            book = _table(element, values.device)
+            index = torch.bucketize(values.float().contiguous(), book, out_int32=True)
+            return index.clamp_(max=len(element.values) - 1).to(torch.uint8)
         case _:
             assert_never(element)
 

@@ -213,42 +213,43 @@ class EntropyObserver(_HistogramObserver):
         super().__init__(fmt)
 
     def _limits(self) -> tuple[float, float]:
+        counts = self.histogram.counts.double()
+        counts[NUM_BINS] = counts[NUM_BINS + 1]
+        used = counts.nonzero().squeeze(1)
         last = int(self.histogram.magnitudes.nonzero().max()) + 1
         first = min(last, 1 << (self.fmt.element.bits - 1))  # TensorRT starts where every level has one bin
         thresholds = sorted({round(t) for t in torch.linspace(first, last, _NUM_CANDIDATES).tolist()})
-        divergences = [self._divergence(threshold) for threshold in thresholds]
+        divergences = [self._divergence(threshold, used, counts[used]) for threshold in thresholds]
         top = thresholds[divergences.index(min(divergences))] * self.histogram.width
         return -top, top
 
-    def _divergence(self, threshold: int) -> float:
-        """Of clipping ``threshold`` bins from zero."""
-        inside = slice(NUM_BINS - threshold, NUM_BINS + threshold)
-        counts = self.histogram.counts.double()
-        counts[NUM_BINS] = counts[NUM_BINS + 1]
-        outside = counts[: inside.start].sum(), counts[inside.stop :].sum()
+    def _divergence(self, threshold: int, used: Tensor, counts: Tensor) -> float:
+        """Of clipping ``threshold`` bins from zero; ``used`` are the bins that are not empty."""
         top = threshold * self.histogram.width
         low = torch.tensor(max(-top, self.histogram.low))
         high = torch.tensor(min(top, self.histogram.high))
-        levels = _simulated(self.histogram.centres[inside], low, high, self.fmt)
-        return _divergence_of_levels(counts[inside], levels, outside)
+        is_inside = (used >= NUM_BINS - threshold) & (used < NUM_BINS + threshold)
+        if not is_inside.any():
+            return math.inf
+        levels = _simulated(self.histogram.centres[used[is_inside]], low, high, self.fmt)
+        below, above = counts[used < NUM_BINS - threshold].sum(), counts[used >= NUM_BINS + threshold].sum()
+        return _divergence_of_levels(counts[is_inside], levels, below, above)
 
 
-def _divergence_of_levels(counts: Tensor, levels: Tensor, outside: tuple[Tensor, Tensor]) -> float:
+def _divergence_of_levels(counts: Tensor, levels: Tensor, below: Tensor, above: Tensor) -> float:
     """Kullback-Leibler divergence of a clipped histogram from its quantized twin.
 
     Args:
-        counts: ``(bins,)`` fp64 counts inside the range.
+        counts: ``(bins,)`` fp64 counts inside the range, of bins that are not empty.
         levels: ``(bins,)`` ascending; the value that each bin is rounded to.
-        outside: Counts below and above the range.
+        below: Count of what is clipped at the low end.
+        above: Count of what is clipped at the high end.
     """
-    used = counts.nonzero().squeeze(1)
-    if not used.numel():
-        return math.inf if sum(outside) else 0.0
-    counts, level = counts[used], torch.unique_consecutive(levels[used], return_inverse=True)[1]
+    level = torch.unique_consecutive(levels, return_inverse=True)[1]
     twin = (torch.bincount(level, counts) / torch.bincount(level))[level]
     reference = counts.clone()
-    reference[0] += outside[0]
-    reference[-1] += outside[1]
+    reference[0] += below
+    reference[-1] += above
     reference, twin = reference / reference.sum(), twin / twin.sum()
     return float((reference * (reference / twin).log()).sum())
 

@@ -114,7 +114,7 @@ def fake_quantize(
 
 
 def quantize_scale(values: Tensor, fmt: TensorFormat, *, scale: Tensor | QTensor | None = None) -> Tensor | QTensor:
-    """Real-valued scales (or offsets) as they are stored in ``fmt``: fp32 as they are, all else quantized.
+    """Real-valued scales as they are stored in ``fmt``: fp32 as they are, all else quantized.
 
     Unlike ``quantize``, a scale in a float format never becomes 0: it stops at the smallest positive value. With
     ``scale`` the scales' own scale is given (the calibrated one of an NVFP4 activation, say).
@@ -140,6 +140,10 @@ def _fake_quantize_scale(values: Tensor, fmt: TensorFormat) -> Tensor:
     return fake_quantize(_floored(values, fmt, None), fmt)
 
 
+def _store_offset(values: Tensor, fmt: TensorFormat) -> Tensor | QTensor:
+    return values if fmt == PLAIN_FP32 else quantize(values, fmt)
+
+
 def _floored(values: Tensor, fmt: TensorFormat, scale: Tensor | QTensor | None) -> Tensor:
     """Scales raised to the smallest positive value of their format, which is zero's neighbour."""
     values = values.detach().float()
@@ -158,7 +162,7 @@ def _find_parts(
 ) -> _Parts:
     """What was given, and what was not from ``x``, stored in its own format by ``store``."""
     assert fmt.scale is not None
-    offset = None if fmt.offset is None else store(_block_mean(x, fmt), fmt.offset)
+    offset = None if fmt.offset is None else _store_offset(_block_mean(x, fmt), fmt.offset)
     if isinstance(scale, QTensor):
         return _Parts(scale, zero_point, offset)
     if scale is not None:
@@ -203,7 +207,7 @@ def _block_mean(x: Tensor, fmt: TensorFormat) -> Tensor:
     if not dims:
         return blocks
     filled, _ = to_blocks(torch.ones_like(x, dtype=torch.float32), fmt.granularity)
-    return blocks.sum(dims) / filled.sum(dims).clamp(min=1)
+    return (blocks / expand_scale(filled.sum(dims), fmt.granularity, tuple(x.shape))).sum(dims)
 
 
 def _values(part: Tensor | QTensor) -> Tensor:
