@@ -16,17 +16,20 @@ _WEIGHTS = frozenset((
     ".tflite", ".npz", ".npy", ".pkl", ".pickle", ".joblib", ".nemo", ".mlmodel", ".tar", ".gz", ".zip",
 ))
 # fmt: on
+_RUN_FILES = frozenset(("run.json", "plan.json", "recipe.yaml", "layout.json"))
 _SUBDIRECTORIES = ("additional_chat_templates",)
 
 
 def companion_paths(source: Path, *, with_code: bool) -> list[Path]:
     """Paths relative to ``source`` that a written checkpoint needs.
 
-    Everything at the top but weights, hidden files and, unless ``with_code``, Python files. Of the subdirectories
-    only those that ``modules.json`` names (sentence-transformers: pooling, dense layers with their weights) and
-    chat templates: others hold training states or the same model in other formats.
+    Everything at the top but weights, hidden files, what makes a run directory one and, unless ``with_code``, Python
+    files. Of the subdirectories only those that ``modules.json`` names (sentence-transformers: pooling, dense layers
+    with their weights) and chat templates: others hold training states or the same model in other formats.
     """
-    top = [path for path in source.iterdir() if path.is_file() and _is_companion(path, with_code=with_code)]
+    own = _RUN_FILES if (source / "run.json").is_file() else frozenset()
+    there = [path for path in source.iterdir() if path.is_file() and path.name not in own]
+    top = [path for path in there if _is_companion(path, with_code=with_code)]
     found = top + list(_inside_modules(source, with_code=with_code))
     for name in _SUBDIRECTORIES:
         found += [path for path in (source / name).rglob("*") if path.is_file()]

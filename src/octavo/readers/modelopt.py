@@ -26,6 +26,7 @@ _ATTENTION = {
 _CODES = ("F8_E4M3", "I8", "U8")
 _WITH_INPUT_SCALE = {"FP8": "e4m3 per tensor", "W8A8_SQ_PER_CHANNEL": "int8 per tensor"}
 _PARTS = ("weight_scale_2", "pre_quant_scale")
+_CACHE = {".k_scale": "k_cache_quantizer", ".v_scale": "v_cache_quantizer"}
 
 Tensors = Mapping[str, StoredTensor]
 
@@ -39,7 +40,7 @@ def read(path: Path) -> Checkpoint:
     quantization, producer = _read_config(path)
     tensors = open_tensors(path, "model")
     weights = {name: _weight(tensors[name], tensors, quantization) for name in tensors if _is_quantized(name, tensors)}
-    inputs = {entry.name: entry for entry in _input_scales(tensors, quantization)}
+    inputs = {entry.name: entry for entry in _activation_scales(tensors, quantization)}
     attention = {entry.name: entry for entry in _attention_scales(path / "octavo_activations.safetensors")}
     claimed = {scale.name for weight in weights.values() for scale in weight.scales.values()}
     claimed |= {entry.scale.name for entry in inputs.values() if entry.scale} | set(weights)
@@ -171,13 +172,15 @@ def _input_scale_name(weight: str) -> str:
     return weight.removesuffix("weight") + "input_scale"
 
 
-def _input_scales(tensors: Tensors, quantization: Mapping[str, Any]) -> Iterator[ActivationEntry]:
+def _activation_scales(tensors: Tensors, quantization: Mapping[str, Any]) -> Iterator[ActivationEntry]:
     for name, tensor in tensors.items():
         if name.endswith("input_scale"):
             stem = name.removesuffix("input_scale")
             label = _label(f"{stem}weight", quantization)
             site = stem.rstrip("._") or "(model)"
             yield ActivationEntry(f"{site}.input_quantizer", _WITH_INPUT_SCALE.get(label, label), False, tensor)
+        elif name.endswith(tuple(_CACHE)):
+            yield ActivationEntry(f"{name[:-8]}.{_CACHE[name[-8:]]}", "e4m3 per tensor", False, tensor)
 
 
 def _attention_scales(path: Path) -> Iterator[ActivationEntry]:
