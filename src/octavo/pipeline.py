@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,12 +17,16 @@ from octavo.backends.environment import environment, peak_memory_bytes
 from octavo.calibrate.batches import calibrate, require_no_data
 from octavo.errors import UserError
 from octavo.evaluate import LOWER_IS_BETTER, Measure, Outputs, Task, difference
+from octavo.evaluate.fidelity import Fidelity
 from octavo.export.base import exporter
 from octavo.export.run import write_run
 from octavo.export.run_files import RunFiles, read_run
 from octavo.export.views import dequantized_weights
-from octavo.nn.door import TorchDoor
+from octavo.nn.door import TorchDoor, activation_scales, simulated_weights
 from octavo.nn.state import load_tensors, set_ranges
+from octavo.numerics.arrays import array_of, tensor_of, tensors_in
+from octavo.readers.compare import Comparison, compare_weights
+from octavo.readers.opening import open_checkpoint
 from octavo.report.clock import Clock
 from octavo.report.progress import Track, silent
 from octavo.search.sensitivity import Sensitivity, rank_quantizers
@@ -31,7 +36,7 @@ from octavo.sources.extras import is_callable_name
 from octavo.spec.facts import Slot
 from octavo.spec.plan import Plan
 from octavo.spec.recipe import Recipe, load_recipe, read_recipe
-from octavo.spec.records import MetricRecord, RunRecord
+from octavo.spec.records import MetricRecord, RunRecord, SensitivityRecord
 from octavo.spec.resolve import resolve
 from octavo.spec.select import quantizer_name
 from octavo.spec.version import VERSION
@@ -94,6 +99,7 @@ def quantize(
     target: str = "",
     clock: Clock | None = None,
     track: Track = silent,
+    on_plan: Callable[[Plan], None] = lambda the_plan: None,
 ) -> Run:
     """Quantize a model in place, in simulated precision.
 
@@ -108,6 +114,7 @@ def quantize(
         target: Where the files will run.
         clock: Counts the phases; a new one unless given.
         track: Told of progress.
+        on_plan: Told of the plan before any work.
 
     Raises:
         UserError: the recipe does not fit the model, the data or a layout; the model is then as it was.
@@ -121,6 +128,7 @@ def quantize(
         door = _door(loaded, _first(batches) if sample is None and batches is not None else sample)
         the_plan = resolve(the_recipe, door.facts(), target)
         _refuse_early(the_plan, batches, layouts, tasks, loaded)
+    on_plan(the_plan)
     with clock.phase("evaluate"):
         references = {task.name: task.outputs(loaded) for task in tasks}
         before = _measure(loaded, tasks, references, track, "unquantized")
@@ -165,8 +173,8 @@ def sensitivity(
     metric: str = "",
     only: Callable[[str], bool] = lambda name: True,
     track: Track = silent,
-) -> list[Sensitivity]:
-    """Every quantizer of ``run`` by what it alone costs, the worst first.
+) -> tuple[list[Sensitivity], str]:
+    """Every quantizer of ``run`` by what it alone costs, the worst first, and the metric that judged.
 
     Args:
         run: A quantized model.
@@ -185,12 +193,65 @@ def sensitivity(
     if metric and metric not in known:
         raise UserError(f"task '{task.name}' has no metric '{metric}'; it has {', '.join(known)}")
     chosen = metric or ("kl" if "kl" in known else "cosine" if "cosine" in known else known[0])
-    return rank_quantizers(
+    ranked = rank_quantizers(
         run.door,
         lambda: task.evaluate(run.loaded, reference)[chosen].value,
         higher_is_better=chosen not in LOWER_IS_BETTER,
         only=only,
         track=track,
+    )
+    return ranked, chosen
+
+
+def shortened(task: Task, count: int) -> Task:
+    """A fidelity task on the first ``count`` samples of its data; enough to compare quantizers with each other."""
+    if not isinstance(task, Fidelity) or len(task.data) <= count:
+        return task
+    return dataclasses.replace(task, data=dataclasses.replace(task.data, samples=task.data.samples[:count]))
+
+
+def sensitivity_records(run: Run, ranked: Sequence[Sensitivity], metric: str) -> tuple[SensitivityRecord, ...]:
+    """Rows for a record: quantizer, metric, cost and format."""
+    formats = {name: str(spec) for name, spec in run.plan.quantizers()}
+    return tuple(
+        SensitivityRecord(quantizer=row.quantizer, metric=metric, cost=row.cost, format=formats.get(row.quantizer, ""))
+        for row in ranked
+    )
+
+
+def plan_record(the_plan: Plan, loaded: LoadedModel, leave: Sequence[str], clock: Clock) -> RunRecord:
+    """The record of a plan that was only looked at."""
+    return dataclasses.replace(
+        RunRecord.of_plan(the_plan, version=VERSION, leave=leave),
+        environment=environment(loaded.device),
+        seconds=dict(clock.seconds),
+        peak_memory_bytes=peak_memory_bytes(),
+    )
+
+
+def evaluation_record(subject: Run | LoadedModel, measures: Metrics, clock: Clock) -> RunRecord:
+    """The record of an evaluation: a model's measures are ``baseline``, a run's ``quantized``."""
+    is_run = isinstance(subject, Run)
+    loaded = subject.loaded if isinstance(subject, Run) else subject
+    base = subject.record if isinstance(subject, Run) else RunRecord(model=loaded.source, version=VERSION)
+    metrics = {
+        task: {
+            name: MetricRecord(
+                baseline=None if is_run else measure.value,
+                quantized=measure.value if is_run else None,
+                standard_error=measure.standard_error,
+            )
+            for name, measure in of_task.items()
+        }
+        for task, of_task in measures.items()
+    }
+    return dataclasses.replace(
+        base,
+        environment=environment(loaded.device),
+        metrics=metrics,
+        seconds=dict(clock.seconds),
+        peak_memory_bytes=peak_memory_bytes(),
+        sensitivity=(),
     )
 
 
@@ -284,6 +345,62 @@ def export(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What the files mean, held against what was simulated.
+
+    Args:
+        weights: Every weight, tensor and scale, bit by bit.
+        num_batches: Batches whose outputs were compared, 0 without data.
+        worst_output: Largest absolute difference of any output value, ``None`` without data.
+    """
+
+    weights: Comparison
+    num_batches: int = 0
+    worst_output: float | None = None
+
+    @property
+    def agrees(self) -> bool:
+        """No difference anywhere."""
+        return self.weights.agrees and not self.worst_output
+
+    def to_json_object(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        outputs = {"num_batches": self.num_batches, "worst_output": self.worst_output}
+        return {"schema": "octavo.verification/1", "agrees": self.agrees, **self.weights.to_json_object(), **outputs}
+
+
+def verify(path: str | Path, run: Run | str | Path, data: Any = None, *, track: Track = silent) -> Verification:
+    """Read a checkpoint with code that shares nothing with its writer, and compare it with the simulation.
+
+    Args:
+        path: A run directory or an exported checkpoint.
+        run: The quantized model it was made of, or its run directory.
+        data: Batches; given these, a second model is filled with what was read, and its outputs are compared, too.
+        track: Told of every batch.
+
+    Raises:
+        UserError: no checkpoint there, or its files do not fit together.
+    """
+    run = run if isinstance(run, Run) else load(run)
+    path = Path(path)
+    comparison = compare_weights(
+        path,
+        ((key, array_of(value)) for key, value in simulated_weights(run.model)),
+        tensors=((key, array_of(value)) for key, value in run.door.snapshot().passthrough()),
+        activations=activation_scales(run.model),
+    )
+    if data is None or comparison.missing:
+        return Verification(comparison)
+    twin = TorchDoor(_filled_from_files(run, path), run.loaded.source)
+    worst, num_batches = 0.0, 0
+    for batch in track(as_batches(data), "verify"):
+        for ours, theirs in zip(tensors_in(run.door.run(batch)), tensors_in(twin.run(batch)), strict=True):
+            worst = max(worst, float((ours.double() - theirs.double()).abs().max())) if ours.numel() else worst
+        num_batches += 1
+    return Verification(comparison, num_batches, worst)
+
+
 def compared(before: Metrics, after: Metrics) -> dict[str, dict[str, MetricRecord]]:
     """Task -> metric -> both values, and the paired standard error of their difference."""
     return {
@@ -370,6 +487,22 @@ def _ranges(files: RunFiles) -> dict[str, tuple[torch.Tensor, torch.Tensor | Non
             if activation.scale is not None:
                 ranges[quantizer_name(layer.name, slot)] = activation.scale, activation.zero_point
     return ranges
+
+
+@torch.no_grad()
+def _filled_from_files(run: Run, path: Path) -> nn.Module:
+    """A copy of the simulation whose weights, tensors and activation scales are those an independent reader found."""
+    checkpoint = open_checkpoint(path)
+    twin = copy.deepcopy(run.model)
+    slots = twin.state_dict(keep_vars=True)
+    for key, entry in checkpoint.weights.items():
+        slots[key].copy_(torch.from_numpy(entry.dequantize()))
+    for key, stored in checkpoint.tensors.items():
+        slots[key].copy_(tensor_of(stored.read()))
+    for activation in checkpoint.activations.values():
+        if activation.scale is not None:
+            slots[f"{activation.name}.scale"].copy_(tensor_of(activation.scale.read()).reshape(()))
+    return twin
 
 
 def _measure(

@@ -17,6 +17,8 @@ _FP32_EXPONENT_MASK = 0x7F800000
 _FP32_MANTISSA_BITS = 23
 _FP32_BIAS = 127
 _ONE_AND_A_HALF = 0x400000  # the mantissa bits of 1.5
+_INTEGER_MAGIC = 1.5 * 2.0**23
+_INTEGER_LIMIT = 2.0**20  # far outside of any code, and small enough for the magic number
 
 
 class InPlaceBackend:
@@ -49,14 +51,16 @@ class InPlaceBackend:
                 _round_integers(values, element, shift)
             case FloatFormat() as element:
                 _round_floats(values, element)
+                values.copysign_(blocks)  # what rounds to zero keeps its sign, as in hardware
         return from_blocks(values.mul_(scale), fmt.granularity, tuple(x.shape)).to(x.dtype)
 
 
 def _round_integers(values: Tensor, element: IntFormat, zero_point: Tensor | None) -> None:
-    values.round_()
+    """Round to nearest even by adding and subtracting 1.5 * 2^23, which unlike ``round_`` leaves no negative zero."""
     if zero_point is None:
-        values.clamp_(element.min_code, element.max_code)
+        values.clamp_(element.min_code, element.max_code).add_(_INTEGER_MAGIC).sub_(_INTEGER_MAGIC)
     else:
+        values.clamp_(-_INTEGER_LIMIT, _INTEGER_LIMIT).add_(_INTEGER_MAGIC).sub_(_INTEGER_MAGIC)
         values.add_(zero_point).clamp_(element.min_code, element.max_code).sub_(zero_point)
 
 

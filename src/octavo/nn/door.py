@@ -127,3 +127,22 @@ def weight_quantizers(model: nn.Module) -> Iterator[tuple[WeightQuantizer, nn.Pa
             if isinstance(child, WeightQuantizer) and id(child) not in seen:
                 seen.add(id(child))
                 yield child, model.get_parameter(weight_key(path, module))
+
+
+@torch.no_grad()
+def simulated_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """State-dict key of every quantized weight, and the rounded values that the simulation computes with."""
+    for path, module in model.named_modules():
+        for child in module.children():
+            if isinstance(child, WeightQuantizer) and child.mode is Mode.QUANTIZE:
+                key = weight_key(path, module)
+                yield key, child(model.get_parameter(key))
+
+
+def activation_scales(model: nn.Module) -> dict[str, float]:
+    """Full quantizer name -> scale, of every static activation quantizer that is on."""
+    return {
+        q.name: float(q.scale)
+        for q in surgery.quantizers(model)
+        if isinstance(q, ActivationQuantizer) and q.scale is not None and q.mode is Mode.QUANTIZE
+    }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from octavo.numerics.door import Door
@@ -50,25 +50,3 @@ def rank_quantizers(
             value = score()
         rows.append(Sensitivity(name, value, ideal - value if higher_is_better else value - ideal))
     return sorted(rows, key=lambda row: -row.cost)
-
-
-def leave_options(ranked: Sequence[Sensitivity], count: int) -> list[str]:
-    """Command-line options that leave the ``count`` worst quantizers out; a site all of whose worst ones are there
-    is named once, by its own name.
-
-    >>> rows = [Sensitivity("a.input_quantizer", 0, 2), Sensitivity("b.weight_quantizer", 0, 1)]
-    >>> leave_options(rows, 1)
-    ["--leave 'a.input_quantizer'"]
-    """
-    worst = [row.quantizer for row in ranked[:count] if row.cost > 0]
-    by_site: dict[str, list[str]] = {}
-    for name in worst:
-        by_site.setdefault(name.rpartition(".")[0], []).append(name)
-    everything: dict[str, int] = {}
-    for row in ranked:
-        site = row.quantizer.rpartition(".")[0]
-        everything[site] = everything.get(site, 0) + 1
-    patterns = []
-    for site, names in by_site.items():
-        patterns += [site] if len(names) == everything[site] > 1 else names
-    return [f"--leave '{pattern}'" for pattern in patterns]

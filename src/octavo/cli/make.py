@@ -1,0 +1,167 @@
+"""Verbs that make something: plan, quantize, export, demo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from octavo.cli import options as opt
+from octavo.cli.screen import Screen
+
+if TYPE_CHECKING:
+    from octavo.spec.recipe import Recipe
+
+
+def plan(
+    model: opt.Model,
+    recipe: opt.RecipeName,
+    leave: opt.Leave = None,
+    everything: Annotated[bool, typer.Option("--all", help="Every parameter in a row of its own.")] = False,
+    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help="Write the plan as JSON.")] = None,
+    device: opt.Device = "cpu",
+    dtype: opt.Dtype = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Say what would happen: which parameter gets which format by which rule, or why it stays. Needs no data."""
+    screen = Screen(json, quiet)
+    the_recipe = asked_recipe(recipe, leave)  # before anything slow is imported
+
+    from octavo import pipeline
+    from octavo.report.clock import Clock
+    from octavo.report.plan_view import plan_listing, plan_view
+    from octavo.sources import open_model
+
+    clock = Clock()
+    with clock.phase("load"):
+        loaded = open_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    with clock.phase("plan"):
+        the_plan = pipeline.plan(loaded, the_recipe)
+    if out is not None:
+        out.write_text(the_plan.to_json() + "\n", encoding="utf-8")
+    screen.show(plan_listing(the_plan) if everything else plan_view(the_plan))
+    record = pipeline.plan_record(the_plan, loaded, leave or (), clock)
+    screen.emit(record.to_json_object())
+
+
+def quantize(
+    model: opt.Model,
+    recipe: opt.RecipeName,
+    data: opt.Data = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="RUN", help="The run directory to write; nothing is written without it."),
+    ] = None,
+    task: opt.Tasks = None,
+    leave: opt.Leave = None,
+    layout: opt.Layouts = None,
+    observer: opt.Observer = None,
+    samples: opt.Samples = None,
+    batch_size: opt.BatchSize = None,
+    max_length: opt.MaxLength = None,
+    stride: opt.Stride = None,
+    seed: opt.Seed = 0,
+    device: opt.Device = "cpu",
+    dtype: opt.Dtype = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Calibrate, simulate, evaluate and write: the whole way from a model to a run directory."""
+    screen = Screen(json, quiet)
+    the_recipe = asked_recipe(recipe, leave, observer)  # before anything slow is imported
+
+    from octavo.cli.work import Order, quantized
+    from octavo.report.plan_view import plan_summary
+    from octavo.report.terminal import run_view
+
+    order = Order(
+        model=model,
+        recipe=the_recipe,
+        leave=tuple(leave or ()),
+        data=data,
+        tasks=tuple(task or ()),
+        layouts=tuple(layout or ()),
+        out=out,
+        samples=samples,
+        batch_size=batch_size,
+        max_length=max_length,
+        stride=stride,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
+    run = quantized(order, screen.track, on_plan=lambda the_plan: screen.show(plan_summary(the_plan)))
+    screen.show(run_view(run.record))
+    screen.emit(run.record.to_json_object())
+
+
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory that `octavo quantize --out` wrote.")],
+    layout: opt.Layout,
+    out: opt.Out,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help="What floating tensors that stay unquantized are cast to: bfloat16, float16."),
+    ] = None,
+    trust_remote_code: opt.TrustRemoteCode = False,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Write a checkpoint that inference engines load, from a run directory."""
+    from octavo import pipeline
+    from octavo.report.words import bytes_text
+
+    screen = Screen(json, quiet)
+    written = pipeline.export(run, out, layout=layout, dtype=float_dtype(dtype), trust_remote_code=trust_remote_code)
+    size = sum(file.stat().st_size for file in written.rglob("*") if file.is_file())
+    screen.show(f"{layout} checkpoint, {bytes_text(size)}, written to {written}")
+    screen.emit({"schema": "octavo.export/1", "layout": layout, "output": str(written), "file_bytes": size})
+
+
+def demo(
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="DIR", help="Keep the runs here."),
+    ] = None,
+    samples: Annotated[int, typer.Option("--samples", min=512, help="Image-text pairs for calibration.")] = 8192,
+    device: opt.Device = "cpu",
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """The headline case on the embedded CLIP: plan, calibrate, FP8 everywhere and with a layer left out, verify."""
+    from octavo.cli.demo import run_demo
+
+    run_demo(Screen(json, quiet), out=out, samples=samples, device=device)
+
+
+def asked_recipe(name: str, leave: list[str] | None, observer: str | None = None) -> Recipe:
+    """The recipe with what the command line adds to it."""
+    from octavo.spec.recipe import load_recipe
+
+    recipe = load_recipe(name)
+    if observer is not None:
+        recipe = recipe.with_observer(observer)
+    for pattern in leave or ():
+        recipe = recipe.leave(pattern, why="left out on the command line", origin=f"--leave '{pattern}'")
+    return recipe
+
+
+def float_dtype(name: str | None) -> object:
+    """The torch dtype called ``name``.
+
+    Raises:
+        UserError: not a floating dtype that weights are kept in.
+    """
+    import torch
+
+    from octavo.errors import UserError
+
+    known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if name is not None and name not in known:
+        raise UserError(f"dtype '{name}' is not one of {', '.join(known)}")
+    return None if name is None else known[name]
