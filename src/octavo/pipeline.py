@@ -57,6 +57,7 @@ class Run:
         plan: What that meant for this model.
         record: What happened.
         door: The model as procedures see it.
+        baseline: What the tasks said of the unquantized model; another run of the model need not ask again.
     """
 
     loaded: LoadedModel
@@ -64,6 +65,7 @@ class Run:
     plan: Plan
     record: RunRecord
     door: TorchDoor = field(repr=False)
+    baseline: Metrics = field(default_factory=dict, repr=False)
 
     @property
     def model(self) -> nn.Module:
@@ -97,6 +99,7 @@ def quantize(
     sample: Any = None,
     layouts: Iterable[str] = (),
     target: str = "",
+    baseline: Metrics | None = None,
     clock: Clock | None = None,
     track: Track = silent,
     on_plan: Callable[[Plan], None] = lambda the_plan: None,
@@ -112,6 +115,7 @@ def quantize(
         sample: One batch for the traced forward; the first of ``data`` unless given.
         layouts: Checkpoint layouts to be written later; what they cannot hold is refused now.
         target: Where the files will run.
+        baseline: What the same tasks said of the unquantized model before (``Run.baseline``).
         clock: Counts the phases; a new one unless given.
         track: Told of progress.
         on_plan: Told of the plan before any work.
@@ -131,7 +135,7 @@ def quantize(
     on_plan(the_plan)
     with clock.phase("evaluate"):
         references = {task.name: task.outputs(loaded) for task in tasks}
-        before = _measure(loaded, tasks, references, track, "unquantized")
+        before = _measure(loaded, tasks, references, track, "unquantized") if baseline is None else baseline
     with clock.phase("calibrate"):
         door.prepare(the_plan)
         try:
@@ -150,7 +154,7 @@ def quantize(
     )
     left = tuple(f"quantizer '{name}' stays off: {why}" for name, why in calibrated.off.items())
     record = dataclasses.replace(record, warnings=(*record.warnings, *left))
-    return Run(loaded, the_recipe, the_plan, record, door)
+    return Run(loaded, the_recipe, the_plan, record, door, before)
 
 
 def evaluate(model: Model | Run, tasks: Iterable[Task], *, track: Track = silent) -> dict[str, dict[str, Measure]]:
