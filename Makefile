@@ -1,34 +1,38 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
-READY := $(VENV)/.octavo-ready
+RUNS := $(VENV)/.octavo-runs
+TESTS := $(VENV)/.octavo-tests
+CHECK_FLAGS ?= -n 2 -q
 
-.PHONY: demo test quick lint setup clean
+.PHONY: demo test quick lint docs clean
 
-demo: setup          ## the headline case on the embedded CLIP
+demo: $(RUNS)           ## the headline case on the embedded CLIP
 	$(BIN)/octavo demo
 
-test: setup lint     ## everything
-	$(BIN)/python -m pytest -n 2 -q
+test: lint              ## everything
+	$(BIN)/python -m pytest $(CHECK_FLAGS)
 
-quick: setup lint    ## under two minutes
-	$(BIN)/python -m pytest -n 2 -q -m "not slow"
+quick: lint             ## what is run all the time
+	$(BIN)/python -m pytest $(CHECK_FLAGS) -m "not slow"
 
-lint: setup
+lint: $(TESTS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-setup: $(READY)
-
 # torch goes first and by its exact version, so that no other package chooses one.
-$(READY): pyproject.toml
+$(RUNS): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q torch==2.13.0
+	$(BIN)/python -m pip install -q -e ".[all]"
+	touch $@
+
+$(TESTS): $(RUNS)
 	$(BIN)/python -m pip install -q -e ".[dev]"
-	touch $(READY)
+	touch $@
 
 clean:
 	rm -rf $(VENV)

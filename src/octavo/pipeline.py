@@ -25,6 +25,7 @@ from octavo.export.views import dequantized_weights
 from octavo.nn.door import TorchDoor, activation_scales, simulated_weights
 from octavo.nn.state import load_tensors, set_ranges
 from octavo.numerics.arrays import array_of, tensor_of, tensors_in
+from octavo.numerics.snapshot import Snapshot
 from octavo.readers.compare import Comparison, compare_weights
 from octavo.readers.opening import open_checkpoint
 from octavo.report.clock import Clock
@@ -334,7 +335,8 @@ def export(
     """
     writer = exporter(layout)
     if isinstance(run, Run):
-        snapshot, the_plan, directory = run.door.snapshot(), run.plan, run.loaded.directory
+        snapshot: Snapshot = run.door.snapshot()
+        the_plan, directory = run.plan, run.loaded.directory
     else:
         files = read_run(Path(run))
         snapshot, the_plan, directory = files, files.plan, files.directory

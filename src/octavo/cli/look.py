@@ -31,7 +31,7 @@ def evaluate(
     from octavo.export.run import is_run
     from octavo.report.clock import Clock
     from octavo.report.terminal import run_view
-    from octavo.sources import open_model
+    from octavo.sources import LoadedModel, open_model
 
     screen, clock = Screen(json, quiet), Clock()
     if not task:
@@ -39,7 +39,7 @@ def evaluate(
     tasks = parse_tasks(task, Options(batch_size=batch_size or 32, max_length=max_length, stride=stride))
     with clock.phase("load"):
         if is_run(Path(model)):
-            subject: pipeline.Run | pipeline.LoadedModel
+            subject: pipeline.Run | LoadedModel
             subject = pipeline.load(model, device=device, trust_remote_code=trust_remote_code)
         else:
             subject = open_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)

@@ -11,6 +11,8 @@ from octavo.cli import options as opt
 from octavo.cli.screen import Screen
 
 if TYPE_CHECKING:
+    import torch
+
     from octavo.spec.recipe import Recipe
 
 
@@ -151,7 +153,7 @@ def asked_recipe(name: str, leave: list[str] | None, observer: str | None = None
     return recipe
 
 
-def float_dtype(name: str | None) -> object:
+def float_dtype(name: str | None) -> torch.dtype | None:
     """The torch dtype called ``name``.
 
     Raises:

@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from octavo.report.fold import fold_names
 from octavo.report.plan_view import DottedName, plan_listing, plan_summary, plan_view
 from octavo.report.words import bytes_text, number_text, seconds_text, share_text
 from octavo.spec.formats import FORMATS
@@ -18,6 +19,7 @@ from octavo.spec.records import MetricRecord, RunRecord, SensitivityRecord
 __all__ = [
     "comparison_table",
     "formats_table",
+    "leave_hint",
     "metrics_table",
     "plan_listing",
     "plan_summary",
@@ -87,6 +89,11 @@ def sensitivity_table(rows: Sequence[SensitivityRecord], *, most: int | None = N
         )
     left_over = len(rows) - len(shown)
     return Group(table, Text(f"and {left_over} more", style="dim")) if left_over else table
+
+
+def leave_hint(quantizers: Sequence[str]) -> str:
+    """The options that would leave these quantizers out: ``--leave 'h.{0,3}.fc.input_quantizer'``."""
+    return " ".join(f"--leave '{pattern}'" for pattern in fold_names(quantizers))
 
 
 def run_view(record: RunRecord) -> RenderableType:
