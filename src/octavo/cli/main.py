@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 
 import typer
 
@@ -18,10 +19,20 @@ app = typer.Typer(
     add_completion=False,
 )
 
-for command in (make.plan, make.quantize, make.export, look.evaluate, look.sensitivity, look.verify, look.inspect):
-    app.command()(command)
-for command in (look.recipes, look.formats, make.demo):
-    app.command()(command)
+VERBS: tuple[Callable[..., None], ...] = (
+    make.plan,
+    make.quantize,
+    make.export,
+    look.evaluate,
+    look.sensitivity,
+    look.verify,
+    look.inspect,
+    look.recipes,
+    look.formats,
+    make.demo,
+)
+for verb in VERBS:
+    app.command()(verb)
 
 
 def main() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from octavo.numerics.door import Door
 from octavo.report.progress import Track, silent
@@ -46,7 +48,7 @@ def rank_quantizers(
         ideal = score()
     rows = []
     for name in track(names, "sensitivity"):
-        with door.disabled(lambda other, kept=name: other != kept):
+        with door.disabled(partial(operator.ne, name)):
             value = score()
         rows.append(Sensitivity(name, value, ideal - value if higher_is_better else value - ideal))
     return sorted(rows, key=lambda row: -row.cost)
