@@ -134,6 +134,7 @@ def test_the_record_can_be_replaced(tmp_path: Path) -> None:
         write_record(tmp_path, record)
 
 
+@pytest.mark.slow
 def test_transformers_does_not_take_a_run_for_a_checkpoint(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()

@@ -89,9 +89,8 @@ def layer_problem(layer: LayerFormats) -> str | None:
             return problem
     weight = layer.quantizers.get(Slot.WEIGHT)
     if weight is None:
-        return (
-            "it has no place for a quantized input of an unquantized weight" if Slot.INPUT in layer.quantizers else None
-        )
+        is_lone_input = Slot.INPUT in layer.quantizers
+        return "the layout has no place for a quantized input of an unquantized weight" if is_lone_input else None
     label = label_of(layer)
     if label is None:
         return f"the layout has no label for {_describe(layer)}"

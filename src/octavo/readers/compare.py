@@ -159,7 +159,7 @@ def _difference(name: str, found: np.ndarray, expected: np.ndarray) -> Differenc
         return None
     bits = f"V{found.dtype.itemsize}"
     where = np.ascontiguousarray(found).view(bits) != np.ascontiguousarray(expected).view(bits)
-    first = tuple(int(axis[0]) for axis in np.nonzero(where.reshape(found.shape)))
+    first = tuple(int(axis) for axis in np.unravel_index(int(np.argmax(where)), found.shape))
     gaps = np.abs(found.astype(np.float64) - expected.astype(np.float64))
     text = f"at {list(first)} the files hold {found[first]}, the simulation {expected[first]}"
     return Difference(name, text, int(np.count_nonzero(where)), float(np.max(gaps)), first)

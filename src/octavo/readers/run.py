@@ -66,6 +66,10 @@ def describe(fmt: Mapping[str, Any]) -> str:
     text = f"{fmt['element']} {_describe_granularity(fmt['granularity'])}"
     if fmt["zero_point"]:
         text += ", asymmetric"
+    if fmt["offset"]:
+        text += ", centred"
+    if fmt["scale_rule"] != "amax":
+        text += f", {fmt['scale_rule']}"
     scales = describe(fmt["scale"])
     return text if scales == "fp32" else f"{text}, scales {scales}"
 

@@ -90,7 +90,7 @@ def open_tensors(directory: Path, stem: str) -> dict[str, StoredTensor]:
     weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise UserError(f"{index}: no weight_map")
-    headers = {name: _read_shard(index, name) for name in dict.fromkeys(weight_map.values())}
+    headers = {name: _read_shard(index, name) for name in sorted({_shard_name(index, v) for v in weight_map.values()})}
     for name, shard in weight_map.items():
         if name not in headers[shard]:
             raise UserError(f"{index}: tensor {name!r} is not in {shard}")
@@ -122,9 +122,13 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], Mapping[str, str]]
     return tensors, metadata if isinstance(metadata, dict) else {}
 
 
-def _read_shard(index: Path, name: object) -> dict[str, StoredTensor]:
+def _shard_name(index: Path, name: object) -> str:
     if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
         raise UserError(f"{index}: {name!r} is not the name of a safetensors file beside the index")
+    return name
+
+
+def _read_shard(index: Path, name: str) -> dict[str, StoredTensor]:
     path = index.parent / name
     if not path.is_file():
         raise UserError(f"{index.parent}: {name} is missing, and {index.name} names it; copy the checkpoint again")
@@ -132,13 +136,13 @@ def _read_shard(index: Path, name: object) -> dict[str, StoredTensor]:
 
 
 def _stored_tensor(name: str, entry: object, path: Path, data_start: int) -> StoredTensor:
-    try:
-        assert isinstance(entry, dict)
-        dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        numbers = [*shape, start, end]
-        assert all(type(number) is int and number >= 0 for number in numbers)
-    except (AssertionError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: tensor {name!r} has no valid dtype, shape and data_offsets") from error
+    match entry:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [start, end]} if all(
+            type(number) is int and number >= 0 for number in (*shape, start, end)
+        ):
+            pass
+        case _:
+            raise UserError(f"{path}: tensor {name!r} has no valid dtype, shape and data_offsets")
     if dtype not in DTYPES:
         raise UserError(f"{path}: tensor {name!r} has the dtype {dtype!r}, which this version cannot read")
     num_bytes = math.prod(shape) * DTYPES[dtype].itemsize
