@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from export.handmade import Handmade, add_attention, add_layer
+from export.handmade import Handmade, activation_scales, add_attention, add_layer
 from octavo.errors import UserError
 from octavo.export.base import EXPORTERS
 from octavo.export.run import write_run
 from octavo.export.run_files import read_run
-from octavo.export.views import activation_scales, dequantized_weights
+from octavo.export.views import dequantized_weights
 from octavo.readers.compare import compare_weights
 from octavo.spec.formats import FORMATS, NVFP4
 from octavo.spec.records import RunRecord

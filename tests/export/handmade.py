@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from octavo.numerics.qtensor import quantize
-from octavo.numerics.snapshot import ActivationScale, LayerSnapshot
-from octavo.spec.facts import ModelFacts, SiteFacts, Slot
+from octavo.numerics.snapshot import ActivationScale, LayerSnapshot, Snapshot
+from octavo.spec.facts import QUANTIZER_NAMES, ModelFacts, SiteFacts, Slot
 from octavo.spec.formats import tensor_format
 from octavo.spec.plan import Decision, Plan, QuantizerSpec
 from octavo.spec.tensor_format import TensorFormat
@@ -107,6 +107,16 @@ def activation(fmt: Format, *, is_dynamic: bool = False) -> ActivationScale:
         return ActivationScale(the_format, True)
     zero_point = None if the_format.is_symmetric else torch.tensor(3, dtype=torch.int8)
     return ActivationScale(the_format, False, torch.tensor(0.03125), zero_point)
+
+
+def activation_scales(snapshot: Snapshot) -> dict[str, float]:
+    """Full quantizer name -> scale, of every static activation quantizer."""
+    return {
+        f"{layer.name}.{QUANTIZER_NAMES[slot]}": float(activation.scale)
+        for layer in snapshot.layers()
+        for slot, activation in layer.activations.items()
+        if activation.scale is not None
+    }
 
 
 def small_fp8() -> Handmade:

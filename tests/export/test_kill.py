@@ -15,6 +15,7 @@ from octavo.export.run_files import read_run
 from octavo.spec.records import RunRecord
 
 BEFORE_THE_SWAP = ("layer", "passthrough", "sync", "swap")
+pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).with_name("killed_writer.py")
 
 

@@ -12,13 +12,13 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from export.handmade import Handmade, activation, add_attention, add_layer, matrix, small_fp8
+from export.handmade import Handmade, activation, activation_scales, add_attention, add_layer, matrix, small_fp8
 from octavo.errors import UserError
 from octavo.export.checkpoint import tensor_bytes
 from octavo.export.run import check_run_target, is_run, write_record, write_run
 from octavo.export.run_files import read_run
 from octavo.export.shards import ShardWriter
-from octavo.export.views import activation_scales, dequantized_weights
+from octavo.export.views import dequantized_weights
 from octavo.numerics.snapshot import LayerSnapshot
 from octavo.spec.element import E2M3, E8M0, INT8, NF4
 from octavo.spec.facts import Slot
@@ -198,7 +198,9 @@ def test_a_full_disk_says_what_is_needed_and_what_is_free(tmp_path: Path, monkey
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(ShardWriter, "add", full)
-    message = r"cannot write .*run: the disk is full \(No space left.*\); about 1\.\d MB are needed and .* MB are free"
+    message = (
+        r"cannot write .*run: the disk is full \(No space left.*\); [\d,.]+ MB are free and more than that is needed"
+    )
     with pytest.raises(UserError, match=message):
         save(small_fp8(), tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
@@ -207,7 +209,9 @@ def test_a_full_disk_says_what_is_needed_and_what_is_free(tmp_path: Path, monkey
 def test_too_little_room_is_seen_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=1000))
-    with pytest.raises(UserError, match=r"there is not enough room on the disk; .* and 0\.0 MB are free.*make room"):
+    with pytest.raises(
+        UserError, match=r"not enough room on the disk; 0\.0 MB are free and about 1\.\d MB are needed.*make room"
+    ):
         save(small_fp8(), tmp_path / "deep" / "run")
     assert list(tmp_path.iterdir()) == []
 

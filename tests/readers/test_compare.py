@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from export.handmade import Handmade, small_fp8
+from export.handmade import Handmade, activation_scales, small_fp8
 from octavo.export.base import EXPORTERS
-from octavo.export.views import activation_scales, dequantized_weights
+from octavo.export.views import dequantized_weights
 from octavo.readers.compare import Comparison, compare_weights
 
 

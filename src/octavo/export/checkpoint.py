@@ -70,10 +70,11 @@ def _check_room(out: Path, needed: int) -> None:
 
 
 def _no_room(out: Path, needed: int, reason: str) -> str:
-    free = _free_bytes(out)
+    free = _free_bytes(out)  # what was half written is gone by now: this did not suffice
+    amount = f"about {_megabytes(needed)} are needed" if needed > free else "more than that is needed"
     return (
-        f"cannot write {out}: {reason}; about {_megabytes(needed)} are needed and {_megabytes(free)} are free. "
-        f"Nothing under that name was changed: make room or choose another place"
+        f"cannot write {out}: {reason}; {_megabytes(free)} are free and {amount}. "
+        "Nothing under that name was changed: make room or choose another place"
     )
 
 

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from octavo.numerics.snapshot import LayerSnapshot, Snapshot
-from octavo.spec.facts import QUANTIZER_NAMES
 
 
 def to_parameter(matrix: Tensor, layer: LayerSnapshot) -> Tensor:
@@ -37,13 +36,3 @@ def dequantized_weights(snapshot: Snapshot) -> Iterator[tuple[str, Tensor]]:
     for layer in snapshot.layers():
         if layer.weight is not None:
             yield layer.weight_name, to_parameter(layer.weight.dequantize(), layer)
-
-
-def activation_scales(snapshot: Snapshot) -> dict[str, float]:
-    """Full quantizer name -> scale, of every static activation quantizer."""
-    return {
-        f"{layer.name}.{QUANTIZER_NAMES[slot]}": float(activation.scale)
-        for layer in snapshot.layers()
-        for slot, activation in layer.activations.items()
-        if activation.scale is not None
-    }
