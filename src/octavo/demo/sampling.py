@@ -27,7 +27,7 @@ SHAPES = tuple(OUTLINES)
 TEXTURE_NAMES = tuple(TEXTURES)
 SIZES = ("small", "large")
 
-_RADII = {"small": (5 * UNIT, 7 * UNIT), "large": (9 * UNIT, 11 * UNIT)}
+_RADII = {"small": (6 * UNIT, 7 * UNIT + 8), "large": (9 * UNIT + 8, 11 * UNIT + 8)}
 _SHADE = 20
 _TURN = 12
 
@@ -70,6 +70,15 @@ def sample(split: Split, dice: Dice, compose: Callable[[Dice], Scene]) -> Scene:
 def any_look(dice: Dice) -> Look:
     """A look by lot."""
     return dice.pick(SHAPES), dice.pick(tuple(COLOURS)), dice.pick(TEXTURE_NAMES), dice.pick(SIZES)
+
+
+def alike_but_one(dice: Dice, num: int) -> list[Look]:
+    """``num`` looks, at most five, that differ in one word only: the shape in half of all cases, the colour, the texture."""
+    look = any_look(dice)
+    place = dice.pick((0, 0, 1, 2))
+    words = list((SHAPES, tuple(COLOURS), TEXTURE_NAMES)[place])
+    chosen = [words.pop(dice.between(0, len(words) - 1)) for _ in range(num)]
+    return [(*look[:place], word, *look[place + 1 :]) for word in chosen]
 
 
 def one_thing(dice: Dice, look: Look) -> Scene:
@@ -118,7 +127,7 @@ def _surround(dice: Dice, things: tuple[Thing, ...]) -> Scene:
         things=things,
         strokes=tuple(_stroke(dice) for _ in range(dice.between(0, 3))),
         background=(_tint(dice, 60, 180, 25), _tint(dice, 60, 180, 25)),
-        noise=dice.between(8, 48),
+        noise=dice.between(4, 32),
         noise_seed=dice.bits(),
     )
 

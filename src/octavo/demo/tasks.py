@@ -5,6 +5,7 @@ Drawn by seed when asked for, never stored: the same bytes everywhere.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -12,11 +13,12 @@ import numpy as np
 from octavo.demo.captions import TEMPLATES, caption, full_name, short_name
 from octavo.demo.dice import Dice
 from octavo.demo.pictures import Scene, draw_all
-from octavo.demo.sampling import COLOURS, SHAPES, SIZES, TEXTURE_NAMES, Look, Split, any_look, one_thing, sample, two_things
+from octavo.demo.sampling import COLOURS, SHAPES, SIZES, TEXTURE_NAMES, Look, Split, alike_but_one, any_look, one_thing, sample, two_things
 
 _PICTURES_PER_CLASS_100 = 20
 _PICTURES_PER_CLASS_1K = 5
 _NUM_SCENES = 1000
+_FAMILY_SIZE = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,7 @@ class ZeroShotData:
 
 def calibration_pairs(num: int = 8192, seed: int = 0) -> Pairs:
     """``num`` pairs to calibrate with, of one and of two objects; a longer list begins like a shorter one."""
-    described = described_scenes(Split.CALIBRATION, seed)
+    described = described_scenes(Split.CALIBRATION, f"seed {seed}")
     return _as_pairs([next(described) for _ in range(num)])
 
 
@@ -82,13 +84,35 @@ def scenes() -> Pairs:
     return _as_pairs([(scene, words) for words, scene in found.items()])
 
 
-def described_scenes(split: Split, seed: int) -> Iterator[tuple[Scene, str]]:
-    """Scenes of ``split`` and their captions, without end: half of them show one object, half show two."""
-    dice = Dice(f"{split.value} {seed}")
+def described_scenes(split: Split, name: str) -> Iterator[tuple[Scene, str]]:
+    """Scenes of ``split`` and their captions, without end: half of them show one object, half show two.
+
+    ``name`` is the seed: another name, another stream.
+    """
+    dice = Dice(f"{split.value}, {name}")
     while True:
         compose = _compose_two if dice.chance(50) else _compose_one
         scene = sample(split, dice, compose)
         yield scene, caption(scene, dice)
+
+
+def described_families(split: Split, name: str) -> Iterator[tuple[Scene, str]]:
+    """As ``described_scenes``, but every four in a row tell the same of one object but for its shape, colour or texture.
+
+    Beside such neighbours a caption is found only by who looks closely.
+    """
+    dice = Dice(f"{split.value} families, {name}")
+    while True:
+        others = [any_look(dice)] if dice.chance(50) else []
+        for look in alike_but_one(dice, _FAMILY_SIZE):
+            scene = sample(split, dice, partial(_compose_any, looks=[look, *others]))
+            yield scene, caption(scene, dice)
+
+
+def _compose_any(dice: Dice, looks: list[Look]) -> Scene:
+    if len(looks) == 1:
+        return one_thing(dice, *looks)
+    return two_things(dice, *(looks if dice.chance(50) else looks[::-1]))
 
 
 def _compose_one(dice: Dice) -> Scene:

@@ -1,0 +1,80 @@
+"""The demo model before training: a CLIP in small, its tokenizer and its image processor."""
+
+import json
+from pathlib import Path
+
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+from octavo.demo.captions import vocabulary
+from octavo.demo.pictures import SIZE
+
+HIDDEN_SIZE = 128
+PROJECTION_DIM = 128
+HEAD_DIM = 32
+PATCH_SIZE = 8
+NUM_VISION_LAYERS = 6
+NUM_TEXT_LAYERS = 4
+MAX_TOKENS = 24
+MEAN = 0.5
+DEVIATION = 0.25
+
+_WORD_END = "</w>"
+_BOS, _EOS = "<|startoftext|>", "<|endoftext|>"
+
+
+def build_model(tokenizer: CLIPTokenizer) -> CLIPModel:
+    """The model with random weights, from torch's global seed."""
+    tower = {
+        "hidden_size": HIDDEN_SIZE,
+        "intermediate_size": 4 * HIDDEN_SIZE,
+        "num_attention_heads": HIDDEN_SIZE // HEAD_DIM,
+        "projection_dim": PROJECTION_DIM,
+        "hidden_act": "gelu",
+    }
+    text = {
+        "num_hidden_layers": NUM_TEXT_LAYERS,
+        "max_position_embeddings": MAX_TOKENS,
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = {"num_hidden_layers": NUM_VISION_LAYERS, "image_size": SIZE, "patch_size": PATCH_SIZE}
+    return CLIPModel(CLIPConfig(text_config=tower | text, vision_config=tower | vision, projection_dim=PROJECTION_DIM))
+
+
+def build_tokenizer() -> CLIPTokenizer:
+    """Byte pairs as in CLIP: each word of a caption is one token, any other text falls into its bytes."""
+    merges = _learn_merges(vocabulary())
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*letters, *(letter + _WORD_END for letter in letters), *("".join(pair) for pair in merges), _BOS, _EOS]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
+
+
+def build_image_processor() -> CLIPImageProcessor:
+    """Resizes, crops, and brings bytes to zero mean and a deviation of about one."""
+    return CLIPImageProcessor(
+        size={"shortest_edge": SIZE},
+        crop_size={"height": SIZE, "width": SIZE},
+        image_mean=[MEAN] * 3,
+        image_std=[DEVIATION] * 3,
+    )
+
+
+def save_directory(model: CLIPModel, tokenizer: CLIPTokenizer, path: Path) -> None:
+    """Writes all that ``AutoModel`` and ``AutoProcessor`` read; the weights as they are in ``model``."""
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    build_image_processor().save_pretrained(path)
+
+
+def _learn_merges(words: tuple[str, ...]) -> list[tuple[str, str]]:
+    """The merges, in order, that make one token of each of ``words``."""
+    learner = Tokenizer(models.BPE(end_of_word_suffix=_WORD_END))
+    trainer = trainers.BpeTrainer(
+        vocab_size=1 << 16, min_frequency=1, end_of_word_suffix=_WORD_END, special_tokens=[], show_progress=False
+    )
+    learner.train_from_iterator(words, trainer)
+    return [(left, right) for left, right in json.loads(learner.to_str())["model"]["merges"]]
