@@ -210,7 +210,14 @@ def test_nan_and_infinity_are_refused_and_leave_no_trace(name, bad, word):
         observer.update(poisoned)
     assert observer.count == 1000
     assert observer.range() == before
-    assert issubclass(NotFiniteError, UserError)
+
+
+def test_the_quantizers_name_can_be_put_in_front():
+    with pytest.raises(UserError, match="quantizer 'mlp.up.input_quantizer': calibration data gave nan"):
+        try:
+            observed("absmax", tensor_format("int8-tensor"), torch.tensor([math.nan]))
+        except NotFiniteError as error:
+            raise NotFiniteError(f"quantizer 'mlp.up.input_quantizer': {error}") from error
 
 
 @every_observer

@@ -16,13 +16,7 @@ _CHUNK = 1 << 20  # values binned at a time
 
 
 class NotFiniteError(UserError):
-    """Calibration data contained NaN or inf. Whoever knows the quantizer's name puts it in front."""
-
-    def __init__(self, value: float) -> None:
-        super().__init__(
-            f"calibration data gave {'nan' if math.isnan(value) else 'inf'}, and a range from it would mean nothing: "
-            "check the inputs, or calibrate in a wider dtype"
-        )
+    """Data contained NaN or inf. Whoever knows the quantizer's name raises it again with the name in front."""
 
 
 def finite_extremes(x: Tensor) -> tuple[float, float]:
@@ -34,7 +28,10 @@ def finite_extremes(x: Tensor) -> tuple[float, float]:
     low, high = torch.stack(torch.aminmax(x.detach())).tolist()
     for value in (low, high):
         if not math.isfinite(value):
-            raise NotFiniteError(value)
+            raise NotFiniteError(
+                f"calibration data gave {'nan' if math.isnan(value) else 'inf'}, and a range from it would mean nothing: "
+                "check the inputs, or calibrate in a wider dtype"
+            )
     return low, high
 
 
