@@ -28,8 +28,9 @@ def finite_extremes(x: Tensor) -> tuple[float, float]:
     low, high = torch.stack(torch.aminmax(x.detach())).tolist()
     for value in (low, high):
         if not math.isfinite(value):
+            word = "nan" if math.isnan(value) else "inf"
             raise NotFiniteError(
-                f"calibration data gave {'nan' if math.isnan(value) else 'inf'}, and a range from it would mean nothing: "
+                f"calibration data gave {word}, and a range from it would mean nothing: "
                 "check the inputs, or calibrate in a wider dtype"
             )
     return low, high
