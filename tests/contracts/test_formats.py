@@ -130,8 +130,8 @@ def test_simulation_and_codes_give_the_same_bits_for_any_tensor(fmt):
         before = x.clone()
         q, simulated = quantize(x, fmt), fake_quantize(x, fmt)
         assert (simulated.dtype, simulated.shape) == (x.dtype, x.shape), name
-        assert torch.equal(bits(q.dequantize(x.dtype)), bits(simulated)), name
-        assert torch.equal(bits(q.dequantize(x.dtype)), bits(simulated)), f"{name}: reading changed the codes"
+        q.dequantize().zero_()
+        assert torch.equal(bits(q.dequantize(x.dtype)), bits(simulated)), f"{name}: or reading changed the codes"
         assert torch.equal(bits(x), bits(before)), f"{name}: the input was overwritten"
         assert simulated.isfinite().all(), name
         assert q.codes.shape == x.shape, name

@@ -84,7 +84,7 @@ def decode(codes: Tensor, element: ElementFormat) -> Tensor:
     if isinstance(element, IntFormat):
         return codes.float() * element.unit
     if isinstance(element, FloatFormat) and _torch_dtype(element) is not None:
-        return codes.float()
+        return codes.to(torch.float32, copy=True)  # of fp32 too: nobody expects a view of the codes
     return _table(element, codes.device).index_select(0, codes.flatten().int()).view(codes.shape)
 
 
