@@ -15,8 +15,6 @@ from octavo.spec.tensor_format import TensorFormat
 
 _FP32_EXPONENT_MASK = 0x7F800000
 _FP32_MANTISSA_BITS = 23
-_FP32_BIAS = 127
-_ONE_AND_A_HALF = 0x400000  # the mantissa bits of 1.5
 _INTEGER_MAGIC = 1.5 * 2.0**23
 _INTEGER_LIMIT = 2.0**20  # far outside of any code, and small enough for the magic number
 
@@ -71,8 +69,8 @@ def _round_floats(values: Tensor, element: FloatFormat) -> None:
     the distance between two neighbours of ``element``. Exact for every fp32 value; the sum never leaves the binade.
     """
     values.clamp_(element.min, element.max)
-    magic = torch.bitwise_and(values.view(torch.int32), _FP32_EXPONENT_MASK)
-    magic.clamp_(min=(element.min_exponent + _FP32_BIAS) << _FP32_MANTISSA_BITS)
-    magic.add_(((_FP32_MANTISSA_BITS - element.mantissa_bits) << _FP32_MANTISSA_BITS) | _ONE_AND_A_HALF)
-    constant = magic.view(torch.float32)
-    values.add_(constant).sub_(constant)
+    powers = torch.bitwise_and(values.view(torch.int32), _FP32_EXPONENT_MASK).view(torch.float32)
+    powers.clamp_(min=2.0**element.min_exponent)
+    factor = 1.5 * 2.0 ** (_FP32_MANTISSA_BITS - element.mantissa_bits)
+    # factor * powers is exact, so it does not matter whether product and sum are fused
+    values.add_(powers, alpha=factor).sub_(powers, alpha=factor)

@@ -50,7 +50,7 @@ def build_tokenizer() -> CLIPTokenizer:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*letters, *(letter + _WORD_END for letter in letters), *("".join(pair) for pair in merges), _BOS, _EOS]
     vocab = {token: index for index, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)  # type: ignore[arg-type]
 
 
 def build_image_processor() -> CLIPImageProcessor:
@@ -64,8 +64,9 @@ def build_image_processor() -> CLIPImageProcessor:
 
 
 def save_directory(model: CLIPModel, tokenizer: CLIPTokenizer, path: Path) -> None:
-    """Writes all that ``AutoModel`` and ``AutoProcessor`` read; the weights as they are in ``model``."""
-    model.save_pretrained(path)
+    """Writes all that ``AutoModel`` and ``AutoProcessor`` read: weights in half precision, to be loaded in single."""
+    model.save_pretrained(path, state_dict={name: weight.half() for name, weight in model.state_dict().items()})
+    (path / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(path)
     build_image_processor().save_pretrained(path)
 

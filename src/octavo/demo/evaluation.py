@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
-from transformers import AutoModel, AutoTokenizer, CLIPModel, CLIPTokenizer
+from transformers import AutoModel, CLIPModel, CLIPTokenizer
 
 from octavo.demo import tasks
 from octavo.demo.supply import to_pixel_values
@@ -19,7 +19,7 @@ _BATCH_SIZE = 250
 def evaluate_directory(path: Path) -> dict[str, dict[str, float]]:
     """Metric -> its value and its standard error, in percent, for the model in ``path``, in float32."""
     model = AutoModel.from_pretrained(path, dtype=torch.float32).eval()
-    return evaluate(model, AutoTokenizer.from_pretrained(path))
+    return evaluate(model, CLIPTokenizer.from_pretrained(path))
 
 
 @torch.no_grad()
@@ -35,10 +35,12 @@ def evaluate(model: CLIPModel, tokenizer: CLIPTokenizer) -> dict[str, dict[str, 
 
 def zero_shot_hits(model: CLIPModel, tokenizer: CLIPTokenizer, data: tasks.ZeroShotData) -> Tensor:
     """``(num_pictures,)``, bool: was the class found? The mean of a class's prompts stands for it."""
-    classes = torch.stack([
-        embed_texts(model, tokenizer, [template.format(name) for name in data.class_names])
-        for template in data.templates
-    ])
+    classes = torch.stack(
+        [
+            embed_texts(model, tokenizer, [template.format(name) for name in data.class_names])
+            for template in data.templates
+        ]
+    )
     scores = embed_images(model, data.images) @ normalize(classes.mean(dim=0)).T
     return scores.argmax(dim=1) == torch.from_numpy(data.labels)
 

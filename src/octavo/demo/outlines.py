@@ -1,8 +1,8 @@
 """The ten shapes and five textures, as arithmetic on coordinates.
 
 Every function takes the coordinates of pixels in the object's own frame, ``u`` to its right and ``v`` downwards,
-both ``(height, width)`` and in pixels. Only ``+ - * /``, square roots, comparisons and rounding are used: IEEE 754 fixes
-their last bit, so the pictures are the same everywhere (a sine is not).
+both ``(height, width)`` and in pixels. Only ``+ - * /``, square roots, comparisons and rounding are used: IEEE 754
+fixes their last bit, so the pictures are the same everywhere (those of a sine would not be).
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import numpy as np
 Field = np.ndarray
 Outline = Callable[[Field, Field, float], Field]
 
-# Unit normals at 72 degrees from each other, the first one down: the five sides of a pentagon, the five lines of a star.
+# Unit normals at 72 degrees from each other, the first one down: the five lines that make a star.
 _FIVE = ((0.0, 1.0), (0.951057, 0.309017), (0.587785, -0.809017), (-0.587785, -0.809017), (-0.951057, 0.309017))
 _COS_30 = 0.866025
 _DIAGONAL = 0.707107
@@ -44,8 +44,8 @@ def _triangle(u: Field, v: Field, r: float) -> Field:
     return np.minimum(sides + 0.1 * r, 0.7 * r - v)
 
 
-def _hexagon(u: Field, v: Field, r: float) -> Field:
-    return 0.87 * r - np.maximum(np.abs(v), np.abs(u) * _COS_30 + np.abs(v) * 0.5)
+def _hourglass(u: Field, v: Field, r: float) -> Field:
+    return np.minimum(0.95 * r - np.abs(v), 0.8 * (0.8 * np.abs(v) + 0.1 * r - np.abs(u)))
 
 
 def _cross(u: Field, v: Field, r: float) -> Field:
@@ -79,7 +79,7 @@ OUTLINES: dict[str, Outline] = {
     "heart": _heart,
     "ring": _ring,
     "crescent": _crescent,
-    "hexagon": _hexagon,
+    "hourglass": _hourglass,
     "diamond": _diamond,
 }
 """Shape -> signed distance to its outline, in pixels (about), positive inside, of a shape of radius ``r``."""

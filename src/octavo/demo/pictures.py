@@ -93,7 +93,10 @@ def _backdrop(top: Colour, bottom: Colour) -> np.ndarray:
 
 
 def _own_frame(x: int, y: int, turn: int) -> tuple[np.ndarray, np.ndarray]:
-    """Coordinates ``(SIZE, SIZE)`` of the pixels in the frame of an object at ``x, y``; the angle by its half tangent."""
+    """Coordinates of the pixels, twice ``(SIZE, SIZE)``, in the frame of an object at ``x, y``.
+
+    Cosine and sine by the tangent of half the angle, without a cosine or a sine.
+    """
     half = turn / TURNS
     cos, sin = (1 - half * half) / (1 + half * half), 2 * half / (1 + half * half)
     pixels = np.arange(SIZE, dtype=np.float64) + 0.5
@@ -117,7 +120,7 @@ def _draw_thing(canvas: np.ndarray, thing: Thing) -> None:
     period = 3.0 + radius / 3.0
     second = _coverage(TEXTURES[thing.texture](u + shift, v + shift, period))
     colour = np.array(thing.colour, dtype=np.float64) + np.array(thing.shade, dtype=np.float64)
-    tones = colour * (1.0 - 0.6 * second[:, :, None])
+    tones = colour * (1.0 - 0.5 * second[:, :, None])
     _blend(canvas, inside, tones)
 
 

@@ -1,11 +1,12 @@
 """Draws scenes by lot, and keeps training, calibration and test apart.
 
-A scene belongs to a split by what it shows: the hash of its objects, as they look and where they lie, decides. Two splits
-therefore share no scene, whatever the seeds, the background or the noise.
+A scene belongs to a split by what it shows: the hash of its objects, as they look and where they lie, decides. Two
+splits therefore share no scene, whatever the seeds, the background or the noise.
 """
 
 from collections.abc import Callable
 from enum import Enum
+from typing import cast
 
 from octavo.demo.dice import Dice, fingerprint
 from octavo.demo.outlines import OUTLINES, TEXTURES
@@ -27,9 +28,10 @@ SHAPES = tuple(OUTLINES)
 TEXTURE_NAMES = tuple(TEXTURES)
 SIZES = ("small", "large")
 
-_RADII = {"small": (6 * UNIT, 7 * UNIT + 8), "large": (9 * UNIT + 8, 11 * UNIT + 8)}
+_RADII = {"small": (6 * UNIT + 8, 8 * UNIT), "large": (10 * UNIT, 11 * UNIT + 8)}
 _SHADE = 20
-_TURN = 12
+_TURN = 8
+_FAMILY_SIZE = 8
 
 Look = tuple[str, str, str, str]
 """Shape, colour, texture, size."""
@@ -72,26 +74,27 @@ def any_look(dice: Dice) -> Look:
     return dice.pick(SHAPES), dice.pick(tuple(COLOURS)), dice.pick(TEXTURE_NAMES), dice.pick(SIZES)
 
 
-def alike_but_one(dice: Dice, num: int) -> list[Look]:
-    """``num`` looks, at most five, that differ in one word only: the shape in half of all cases, the colour, the texture."""
+def alike_but_one(dice: Dice) -> list[Look]:
+    """Up to eight looks that differ in one word only: the shape in three cases of five, the colour, the texture."""
     look = any_look(dice)
-    place = dice.pick((0, 0, 1, 2))
+    place = dice.pick((0, 0, 0, 1, 2))
     words = list((SHAPES, tuple(COLOURS), TEXTURE_NAMES)[place])
-    chosen = [words.pop(dice.between(0, len(words) - 1)) for _ in range(num)]
-    return [(*look[:place], word, *look[place + 1 :]) for word in chosen]
+    chosen = [words.pop(dice.between(0, len(words) - 1)) for _ in range(min(_FAMILY_SIZE, len(words)))]
+    before, after = look[:place], look[place + 1 :]
+    return [cast(Look, (*before, word, *after)) for word in chosen]
 
 
 def one_thing(dice: Dice, look: Look) -> Scene:
     """A scene of one object that looks like ``look``, somewhere."""
-    low, high = 12 * UNIT, (SIZE - 12) * UNIT
+    low, high = 16 * UNIT, (SIZE - 16) * UNIT
     return _surround(dice, (_thing(dice, look, x=dice.between(low, high), y=dice.between(low, high)),))
 
 
 def two_things(dice: Dice, look: Look, other: Look) -> Scene:
     """A scene of two objects: the first is left of the second, or above it."""
-    near, far = dice.between(9 * UNIT, 15 * UNIT), dice.between(33 * UNIT, 39 * UNIT)
+    near, far = dice.between(10 * UNIT, 14 * UNIT), dice.between(34 * UNIT, 38 * UNIT)
     middle = SIZE * UNIT // 2
-    low, high = middle - 8 * UNIT, middle + 8 * UNIT
+    low, high = middle - 6 * UNIT, middle + 6 * UNIT
     across, other_across = dice.between(low, high), dice.between(low, high)
     if dice.chance(50):
         return _surround(dice, (_thing(dice, look, x=near, y=across), _thing(dice, other, x=far, y=other_across)))
@@ -127,7 +130,7 @@ def _surround(dice: Dice, things: tuple[Thing, ...]) -> Scene:
         things=things,
         strokes=tuple(_stroke(dice) for _ in range(dice.between(0, 3))),
         background=(_tint(dice, 60, 180, 25), _tint(dice, 60, 180, 25)),
-        noise=dice.between(4, 32),
+        noise=dice.between(4, 28),
         noise_seed=dice.bits(),
     )
 

@@ -11,7 +11,7 @@ from transformers import CLIPTokenizer
 from octavo.demo.architecture import DEVIATION, MEAN
 from octavo.demo.pictures import draw_all
 from octavo.demo.sampling import Split
-from octavo.demo.tasks import described_families, described_scenes
+from octavo.demo.streams import described_families, described_scenes
 
 
 class DrawnBatches(Dataset[tuple[Tensor, Tensor]]):

@@ -3,9 +3,7 @@
 Drawn by seed when asked for, never stored: the same bytes everywhere.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
 
 import numpy as np
@@ -13,12 +11,12 @@ import numpy as np
 from octavo.demo.captions import TEMPLATES, caption, full_name, short_name
 from octavo.demo.dice import Dice
 from octavo.demo.pictures import Scene, draw_all
-from octavo.demo.sampling import COLOURS, SHAPES, SIZES, TEXTURE_NAMES, Look, Split, alike_but_one, any_look, one_thing, sample, two_things
+from octavo.demo.sampling import COLOURS, SHAPES, SIZES, TEXTURE_NAMES, Look, Split, one_thing, sample
+from octavo.demo.streams import any_two, described_scenes
 
 _PICTURES_PER_CLASS_100 = 20
 _PICTURES_PER_CLASS_1K = 5
 _NUM_SCENES = 1000
-_FAMILY_SIZE = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +34,8 @@ class Pairs:
 class ZeroShotData:
     """Pictures to sort into classes known by their names alone.
 
-    ``images``: ``(num_pictures, height, width, 3)``, uint8; ``labels``: ``(num_pictures,)``, int64, into ``class_names``.
-    A prompt is a template with a class name in its braces.
+    ``images``: ``(num_pictures, height, width, 3)``, uint8; ``labels``: ``(num_pictures,)``, int64, places in
+    ``class_names``. A prompt is a template with a class name in its braces.
     """
 
     images: np.ndarray
@@ -79,48 +77,9 @@ def scenes() -> Pairs:
     dice = Dice("scenes")
     found: dict[str, Scene] = {}
     while len(found) < _NUM_SCENES:
-        scene = sample(Split.TEST, dice, _compose_two)
+        scene = sample(Split.TEST, dice, any_two)
         found.setdefault(caption(scene, dice), scene)
     return _as_pairs([(scene, words) for words, scene in found.items()])
-
-
-def described_scenes(split: Split, name: str) -> Iterator[tuple[Scene, str]]:
-    """Scenes of ``split`` and their captions, without end: half of them show one object, half show two.
-
-    ``name`` is the seed: another name, another stream.
-    """
-    dice = Dice(f"{split.value}, {name}")
-    while True:
-        compose = _compose_two if dice.chance(50) else _compose_one
-        scene = sample(split, dice, compose)
-        yield scene, caption(scene, dice)
-
-
-def described_families(split: Split, name: str) -> Iterator[tuple[Scene, str]]:
-    """As ``described_scenes``, but every four in a row tell the same of one object but for its shape, colour or texture.
-
-    Beside such neighbours a caption is found only by who looks closely.
-    """
-    dice = Dice(f"{split.value} families, {name}")
-    while True:
-        others = [any_look(dice)] if dice.chance(50) else []
-        for look in alike_but_one(dice, _FAMILY_SIZE):
-            scene = sample(split, dice, partial(_compose_any, looks=[look, *others]))
-            yield scene, caption(scene, dice)
-
-
-def _compose_any(dice: Dice, looks: list[Look]) -> Scene:
-    if len(looks) == 1:
-        return one_thing(dice, *looks)
-    return two_things(dice, *(looks if dice.chance(50) else looks[::-1]))
-
-
-def _compose_one(dice: Dice) -> Scene:
-    return one_thing(dice, any_look(dice))
-
-
-def _compose_two(dice: Dice) -> Scene:
-    return two_things(dice, any_look(dice), any_look(dice))
 
 
 def _test_scene(dice: Dice, look: Look) -> Scene:

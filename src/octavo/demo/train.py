@@ -1,10 +1,10 @@
-"""Trains the demo model from scratch:  python -m octavo.demo.train --out DIR
+"""Trains the demo model from scratch:  python -m octavo.demo.train --out DIR --work WORK
 
-Draws its own pictures, keeps a checkpoint in ``--work``, resumes from it, and writes the directory when it is done.
+Draws its own pictures, keeps a checkpoint and a log in WORK, goes on from there when started again, and writes the
+model directory DIR when it is done. ``--evaluate`` measures DIR instead.
 """
 
 import argparse
-import json
 import logging
 import math
 import time
@@ -18,29 +18,33 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim import AdamW
-from transformers import CLIPModel
+from transformers import CLIPModel, CLIPTokenizer
 
 from octavo.demo.architecture import build_model, build_tokenizer, save_directory
 from octavo.demo.catalog import MODEL_DIR
+from octavo.demo.checkpoint import Run
 from octavo.demo.evaluation import evaluate, evaluate_directory
 from octavo.demo.supply import DrawnBatches, supply, to_pixel_values
 
-logger = logging.getLogger(__name__)
-
+_NUM_CORES = 2
 _MAX_LOGIT_SCALE = math.log(100)
 _MAX_GRADIENT = 1.0
 _LOG_EVERY = 20
+_CHECKPOINT_EVERY_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """How long and how fast to learn. The same schedule and seed give the same run, interrupted or not."""
+    """How long and how fast to learn. The same schedule makes the same run, interrupted or not.
 
-    num_steps: int = 3600
-    batch_size: int = 128
-    learning_rate: float = 1e-3
-    warmup_steps: int = 100
-    families_from: int = 562
+    From step ``families_from`` on, scenes come with near relatives beside them.
+    """
+
+    num_steps: int = 2200
+    batch_size: int = 256
+    learning_rate: float = 1.5e-3
+    warmup_steps: int = 150
+    families_from: int = 200
     weight_decay: float = 0.1
     seed: int = 0
 
@@ -52,112 +56,89 @@ class Schedule:
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-@dataclass
-class Run:
-    """A training in progress, and the directory that holds its checkpoint and log."""
+def train(schedule: Schedule, work: Path, out: Path, start: Path | None = None) -> None:
+    """Trains by ``schedule``, or goes on with what is in ``work``, and writes the model directory ``out``.
 
-    model: CLIPModel
-    optimizer: AdamW
-    work: Path
-    step: int = 0
-    elapsed_s: float = 0.0
-
-    def save(self) -> None:
-        """Replaces the checkpoint in one move, so that there is always a whole one."""
-        state = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-            "elapsed_s": self.elapsed_s,
-        }
-        torch.save(state, self.work / "checkpoint.partial")
-        (self.work / "checkpoint.partial").replace(self.work / "checkpoint.pt")
-
-    def resume(self) -> None:
-        """Goes back to the checkpoint, where there is one; forgets what the log says of later steps."""
-        if not (self.work / "checkpoint.pt").exists():
-            return
-        state = torch.load(self.work / "checkpoint.pt", weights_only=True)
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.elapsed_s = state["step"], state["elapsed_s"]
-        lines = self.log_path.read_text().splitlines(keepends=True)
-        self.log_path.write_text("".join(line for line in lines if json.loads(line)["step"] <= self.step))
-        logger.info("resumed at step %d", self.step)
-
-    @property
-    def log_path(self) -> Path:
-        """One JSON object per line."""
-        return self.work / "training_log.jsonl"
-
-    def log(self, facts: dict[str, float]) -> None:
-        """Appends ``facts`` to the log."""
-        line = {"step": self.step, "elapsed_s": round(self.elapsed_s, 1)} | facts
-        with self.log_path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        logger.info("%s", line)
-
-
-def train(schedule: Schedule, work: Path, out: Path, checkpoint_every_s: float = 120.0) -> None:
-    """Trains by ``schedule``, or goes on with what is in ``work``, and writes the model directory ``out``."""
+    The first weights are arbitrary, or those of the model directory ``start``.
+    """
     torch.manual_seed(schedule.seed)
     torch.set_num_threads(1)
-    work.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
     model = build_model(tokenizer)
+    if start is not None:
+        _begin_with(model, tokenizer, start)
     run = Run(model, _optimizer(model, schedule), work)
     run.resume()
-    batches = DrawnBatches(tokenizer, seed=schedule.seed, batch_size=schedule.batch_size, families_from=schedule.families_from)
-    saved_at_s = last_s = time.monotonic()
-    crew = ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,))
-    for images, tokens in supply(batches, range(run.step, schedule.num_steps)):
-        facts = _learn(run, schedule, to_pixel_values(images), tokens, crew)
-        now_s = time.monotonic()
-        run.elapsed_s += now_s - last_s
-        last_s = now_s
-        if run.step % _LOG_EVERY == 0:
-            run.log(facts)
-        if now_s - saved_at_s > checkpoint_every_s:
-            run.save()
-            saved_at_s = now_s
-    run.save()
+    batches = DrawnBatches(
+        tokenizer, seed=schedule.seed, batch_size=schedule.batch_size, families_from=schedule.families_from
+    )
+    _learn(run, schedule, batches)
     _publish(run, tokenizer, out)
 
 
-def _learn(run: Run, schedule: Schedule, pixel_values: Tensor, tokens: Tensor, crew: Executor) -> dict[str, float]:
+def _begin_with(model: CLIPModel, tokenizer: CLIPTokenizer, start: Path) -> None:
+    """The weights in ``start``; its vocabulary may differ, tokens that both know keep their embedding."""
+    weights = CLIPModel.from_pretrained(start, dtype=torch.float32).state_dict()
+    key = "text_model.embeddings.token_embedding.weight"
+    embedding = model.state_dict()[key].clone()
+    known = CLIPTokenizer.from_pretrained(start).get_vocab()
+    for token, place in tokenizer.get_vocab().items():
+        if token in known:
+            embedding[place] = weights[key][known[token]]
+    model.load_state_dict({**weights, key: embedding})
+
+
+def _learn(run: Run, schedule: Schedule, batches: DrawnBatches) -> None:
+    """All steps that are left, with a checkpoint every few minutes and one at the end."""
+    crew = ThreadPoolExecutor(_NUM_CORES, initializer=torch.set_num_threads, initargs=(1,))
+    saved_at_s = last_s = time.monotonic()
+    for images, tokens in supply(batches, range(run.step, schedule.num_steps)):
+        facts = _step(run, schedule, to_pixel_values(images), tokens, crew=crew)
+        now_s = time.monotonic()
+        run.elapsed_s, last_s = run.elapsed_s + now_s - last_s, now_s
+        if run.step % _LOG_EVERY == 0:
+            run.log(facts)
+        if now_s - saved_at_s > _CHECKPOINT_EVERY_S:
+            run.save()
+            saved_at_s = now_s
+    run.save()
+
+
+def _step(run: Run, schedule: Schedule, pixel_values: Tensor, tokens: Tensor, *, crew: Executor) -> dict[str, float]:
     """One step of gradient descent; ``pixel_values`` ``(batch, 3, height, width)``, ``tokens`` ``(batch, tokens)``.
 
-    Each half of the batch is contrasted within itself, on a core of its own: on a shared machine that is several times
-    faster than two cores that wait for each other in every product.
+    Each core contrasts its part of the batch within itself: on a shared machine that is several times faster than
+    cores that wait for each other in every product.
     """
     rate = schedule.rate(run.step)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
-    halves = list(crew.map(partial(_contrast, run.model), pixel_values.chunk(2), tokens.chunk(2)))
-    for parameter, *gradients in zip(run.model.parameters(), *(half.gradients for half in halves), strict=True):
+    parts = list(crew.map(partial(_contrast, run.model), pixel_values.chunk(_NUM_CORES), tokens.chunk(_NUM_CORES)))
+    for parameter, *gradients in zip(run.model.parameters(), *(part.gradients for part in parts), strict=True):
         parameter.grad = torch.stack(gradients).mean(dim=0)
     torch.nn.utils.clip_grad_norm_(run.model.parameters(), _MAX_GRADIENT)
     run.optimizer.step()
     with torch.no_grad():
         run.model.logit_scale.clamp_(max=_MAX_LOGIT_SCALE)
     run.step += 1
-    loss, found = (sum(values) / 2 for values in zip(*((half.loss, half.found) for half in halves), strict=True))
+    loss = sum(part.loss for part in parts) / len(parts)
+    found = sum(part.found for part in parts) / len(parts)
     return {"loss": round(loss, 4), "caption_found": round(found, 4), "learning_rate": rate}
 
 
-class _Half(NamedTuple):
+class _Part(NamedTuple):
     gradients: tuple[Tensor, ...]
     loss: float
     found: float
 
 
-def _contrast(model: CLIPModel, pixel_values: Tensor, tokens: Tensor) -> _Half:
-    """InfoNCE in both directions (Radford et al., 2021, figure 3), its gradients, the share of captions found."""
+def _contrast(model: CLIPModel, pixel_values: Tensor, tokens: Tensor) -> _Part:
+    """InfoNCE in both directions (CLIP, arXiv:2103.00020, figure 3): gradients, loss, share of captions found."""
     logits = model(pixel_values=pixel_values, input_ids=tokens).logits_per_image
     own = torch.arange(len(logits))
     loss = (cross_entropy(logits, own) + cross_entropy(logits.T, own)) / 2
     gradients = torch.autograd.grad(loss, list(model.parameters()))
-    return _Half(gradients, loss.item(), (logits.argmax(dim=1) == own).double().mean().item())
+    return _Part(gradients, loss.item(), (logits.argmax(dim=1) == own).double().mean().item())
 
 
 def _optimizer(model: CLIPModel, schedule: Schedule) -> AdamW:
@@ -170,33 +151,39 @@ def _optimizer(model: CLIPModel, schedule: Schedule) -> AdamW:
     return AdamW(groups, lr=schedule.learning_rate, betas=(0.9, 0.98), eps=1e-6)
 
 
-def _publish(run: Run, tokenizer, out: Path) -> None:
+def _publish(run: Run, tokenizer: CLIPTokenizer, out: Path) -> None:
     """Rounds the weights to half precision, measures what is left, writes the directory and the log beside it."""
-    run.model.half().float().eval()
-    metrics = evaluate(run.model, tokenizer)
-    run.log({metric: round(result["value"], 2) for metric, result in metrics.items()})
-    save_directory(run.model.half(), tokenizer, out)
+    model = run.model.half().float().eval()
+    run.log({metric: round(result["value"], 2) for metric, result in evaluate(model, tokenizer).items()})
+    save_directory(model, tokenizer, out)
     (out / "training_log.jsonl").write_text(run.log_path.read_text())
 
 
 def main() -> None:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(prog="python -m octavo.demo.train", description=__doc__)
-    parser.add_argument("--out", type=Path, default=MODEL_DIR, help="the model directory to write or to evaluate")
-    parser.add_argument("--work", type=Path, help="checkpoint and log; the same one again resumes (needed to train)")
-    parser.add_argument("--evaluate", action="store_true", help="measure the model in --out instead of training")
-    parser.add_argument("--num-steps", type=int, default=3600)
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
+    usual = Schedule()
+    parser = argparse.ArgumentParser(prog="python -m octavo.demo.train", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=MODEL_DIR, help="model directory to write, or to measure")
+    parser.add_argument("--work", type=Path, default=Path("demo-training"), help="where checkpoint and log are kept")
+    parser.add_argument("--evaluate", action="store_true", help="measure the model in --out, train nothing")
+    parser.add_argument("--num-steps", type=int, default=usual.num_steps)
+    parser.add_argument("--learning-rate", type=float, default=usual.learning_rate)
+    parser.add_argument("--families-from", type=int, default=usual.families_from)
+    parser.add_argument("--start", type=Path, help="model directory whose weights are the first ones")
+    parser.add_argument("--seed", type=int, default=usual.seed)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if options.evaluate:
         for metric, result in evaluate_directory(options.out).items():
             print(f"{metric:20} {result['value']:6.2f} % +- {result['standard_error']:.2f}")
-        return
-    schedule = Schedule(num_steps=options.num_steps, batch_size=options.batch_size, learning_rate=options.learning_rate, seed=options.seed)
-    train(schedule, options.work, options.out)
+    else:
+        schedule = Schedule(
+            num_steps=options.num_steps,
+            learning_rate=options.learning_rate,
+            families_from=options.families_from,
+            seed=options.seed,
+        )
+        train(schedule, options.work, options.out, options.start)
 
 
 if __name__ == "__main__":

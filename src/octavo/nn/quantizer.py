@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo.backends.simulate import fake_quantize, format_key, range_of
+from octavo.errors import UserError
 from octavo.nn.views import WeightView
 from octavo.numerics.observers import NotFiniteError, Observer, make_observer
 from octavo.numerics.qtensor import QTensor, quantize
@@ -186,6 +187,11 @@ class WeightQuantizer(Quantizer):
 
     def __init__(self, name: str, spec: QuantizerSpec, view: WeightView) -> None:
         fmt = spec.format
+        if spec.observer.name not in ("absmax", "mse") or (spec.observer.name == "mse" and not fmt.is_symmetric):
+            raise UserError(
+                f"quantizer '{name}': a weight's range is found by absmax or, in a symmetric format, by mse; "
+                f"{spec.observer.name} is for activations"
+            )
         plain = fmt.scale is not None and fmt.scale.is_plain
         super().__init__(name, spec, fmt.granularity.scale_shape(view.matrix_shape) if plain else None)
         self.view = view
@@ -222,7 +228,7 @@ class WeightQuantizer(Quantizer):
             self.mode = Mode.QUANTIZE
             return
         matrix, fmt = self.view.to_matrix(weight), self.spec.format
-        if self.spec.observer.name == "mse" and fmt.is_symmetric:
+        if self.spec.observer.name == "mse":
             scale, zero_point = search_scale(matrix, fmt), None
         else:
             scale, zero_point = range_of(matrix, fmt)
