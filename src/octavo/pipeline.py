@@ -23,7 +23,7 @@ from octavo.export.run import write_run
 from octavo.export.run_files import RunFiles, read_run
 from octavo.export.views import dequantized_weights
 from octavo.nn.door import TorchDoor, activation_scales, simulated_weights
-from octavo.nn.state import load_tensors, set_ranges
+from octavo.nn.state import load_tensors, replace_scales, set_ranges
 from octavo.numerics.arrays import array_of, tensor_of, tensors_in
 from octavo.numerics.snapshot import Snapshot
 from octavo.readers.compare import Comparison, compare_weights
@@ -505,9 +505,12 @@ def _filled_from_files(run: Run, path: Path) -> nn.Module:
         slots[key].copy_(torch.from_numpy(entry.dequantize()))
     for key, stored in checkpoint.tensors.items():
         slots[key].copy_(tensor_of(stored.read()))
-    for activation in checkpoint.activations.values():
-        if activation.scale is not None:
-            slots[f"{activation.name}.scale"].copy_(tensor_of(activation.scale.read()).reshape(()))
+    ranges = {
+        entry.name: tensor_of(entry.scale.read()).reshape(())
+        for entry in checkpoint.activations.values()
+        if entry.scale is not None
+    }
+    replace_scales(twin, ranges)
     return twin
 
 

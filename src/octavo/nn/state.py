@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -30,6 +30,14 @@ def set_ranges(model: nn.Module, ranges: Callable[[str], tuple[Tensor, Tensor | 
             quantizer.mode = Mode.OFF
         else:
             quantizer.set_range(*known)
+
+
+@torch.no_grad()
+def replace_scales(model: nn.Module, scales: Mapping[str, Tensor]) -> None:
+    """Other scales for some of the quantizers of a calibrated model, by full name."""
+    for quantizer in quantizers(model):
+        if quantizer.name in scales and quantizer.scale is not None:
+            quantizer.scale.copy_(scales[quantizer.name])
 
 
 @torch.no_grad()
