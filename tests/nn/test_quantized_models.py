@@ -6,9 +6,9 @@ import copy
 
 import pytest
 import torch
-from nn.models import ZOO, made, outputs
 
 import octavo
+from nn.models import ZOO, made, outputs
 from octavo.errors import UserError
 from octavo.nn.door import TorchDoor
 from octavo.nn.quantizer import Quantizer
@@ -84,7 +84,7 @@ def test_a_deepcopy_computes_the_same_and_is_independent(name: str) -> None:
 @everyone
 def test_state_dict_carries_all_ranges(name: str) -> None:
     model, batch = made(name)
-    run = octavo.quantize(model, EVERYTHING, [batch])
+    octavo.quantize(model, EVERYTHING, [batch])
     simulated, state = outputs(model, batch), model.state_dict()
     other, _ = made(name)
     _prepared(other, name, batch)
@@ -131,7 +131,8 @@ def test_a_saved_run_restores_outputs_bit_for_bit(name: str, tmp_path) -> None:
     loaded = octavo.load(tmp_path / "run", fresh, sample=batch)
     assert torch.equal(outputs(loaded.model, batch), simulated)
     verified = octavo.verify(tmp_path / "run", loaded, [batch])
-    assert verified.agrees and verified.weights.num_weights > 0
+    assert verified.agrees
+    assert verified.weights.num_weights > 0
 
 
 @pytest.mark.parametrize("preset", ["fp8", "fp8-dynamic", "int8", "int8-dynamic", "int8-weight-only"])
@@ -319,7 +320,7 @@ def test_a_subclass_with_its_own_forward_is_named_and_can_be_registered() -> Non
 
 
 def test_a_tied_head_follows_its_embedding() -> None:
-    model, batch = made("llama")
+    model, _batch = made("llama")
     recipe = Recipe("embedding", ()).quantize("*embed_tokens", weight="int8-channel")
     octavo.quantize(model, recipe)
     assert model.lm_head.weight is model.model.embed_tokens.weight
