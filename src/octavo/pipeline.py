@@ -29,6 +29,7 @@ from octavo.numerics.snapshot import Snapshot
 from octavo.readers.compare import Comparison, compare_weights
 from octavo.readers.opening import open_checkpoint
 from octavo.report.clock import Clock
+from octavo.report.fold import fold_problems
 from octavo.report.progress import Track, silent
 from octavo.search.sensitivity import Sensitivity, rank_quantizers
 from octavo.sources import LoadedModel, as_batches, describe_module, open_model, open_untrained
@@ -456,8 +457,9 @@ def _refuse_misfits(the_plan: Plan, layouts: Iterable[str]) -> None:
     for layout in layouts:
         problems = exporter(layout).problems(the_plan)
         if problems:
-            shown = "".join(f"\n  {problem}" for problem in problems[:5])
-            more = f"\n  and {len(problems) - 5} more" if len(problems) > 5 else ""
+            folded = fold_problems(problems)
+            shown = "".join(f"\n  {problem}" for problem in folded[:5])
+            more = f"\n  and {len(folded) - 5} more" if len(folded) > 5 else ""
             raise UserError(f"layout '{layout}' cannot hold this plan:{shown}{more}")
 
 

@@ -109,6 +109,20 @@ def test_a_metric_is_shown_with_its_change_and_standard_error() -> None:
     assert "fidelity cosine - 0.9877 -" in lines
 
 
+def test_what_was_not_measured_has_no_column() -> None:
+    lines = lines_of(terminal.metrics_table({"retrieval": {"r_at_1": MetricRecord(quantized=0.7, standard_error=0.1)}}))
+    assert lines == ["task metric quantized ± s.e.", "retrieval r_at_1 0.7000 0.1000"]
+
+
+def test_no_change_is_shown_from_an_infinite_baseline() -> None:
+    sqnr = MetricRecord(baseline=float("inf"), quantized=23.4, standard_error=0.0)
+    cosine = MetricRecord(baseline=1.0, quantized=0.99, standard_error=0.001)
+    metrics = {"fidelity": {"sqnr_db": sqnr, "cosine": cosine}}
+    assert "fidelity sqnr_db inf 23.40 -" in lines_of(terminal.metrics_table(metrics))
+    run = RunRecord("m", metrics=metrics)
+    assert "fidelity sqnr_db inf 23.40" in lines_of(terminal.comparison_table({"fp8": run}))
+
+
 @pytest.mark.parametrize(
     ("name", "metric", "style"),
     [
@@ -136,7 +150,7 @@ def test_the_worst_quantizers_come_with_their_cost() -> None:
         SensitivityRecord(quantizer=f"h.{i}.input_quantizer", metric="cosine", cost=0.1 / (i + 1)) for i in range(7)
     ]
     lines = lines_of(terminal.sensitivity_table(rows, most=5))
-    assert lines[1].startswith("1 h.0.input_quantizer 0.1000 █")
+    assert lines[1].startswith("1 h.0.input_quantizer 0.10 █")
     assert lines[-1] == "and 2 more"
 
 

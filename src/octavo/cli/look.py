@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from octavo.cli import options as opt
+from octavo.cli.make import asked_recipe
 from octavo.cli.screen import Screen
 from octavo.errors import UserError, VerificationError
 
@@ -26,6 +27,10 @@ def evaluate(
     quiet: opt.Quiet = False,
 ) -> None:
     """Measure a model, quantized or not, at tasks."""
+    screen = Screen(json, quiet)
+    if not task:
+        raise UserError("nothing to evaluate: name a task, such as --task retrieval:pairs.jsonl")
+
     from octavo import pipeline
     from octavo.evaluate import Options, parse_tasks
     from octavo.export.run import is_run
@@ -33,9 +38,7 @@ def evaluate(
     from octavo.report.terminal import run_view
     from octavo.sources import LoadedModel, open_model
 
-    screen, clock = Screen(json, quiet), Clock()
-    if not task:
-        raise UserError("nothing to evaluate: name a task, such as --task retrieval:pairs.jsonl")
+    clock = Clock()
     tasks = parse_tasks(task, Options(batch_size=batch_size or 32, max_length=max_length, stride=stride))
     with clock.phase("load"):
         if is_run(Path(model)):
@@ -45,7 +48,7 @@ def evaluate(
             subject = open_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     with clock.phase("evaluate"):
         measures = pipeline.evaluate(subject, tasks.values(), track=screen.track)
-    record = pipeline.evaluation_record(subject, measures, clock)
+    record = dataclasses.replace(pipeline.evaluation_record(subject, measures, clock), output="")  # nothing is written
     screen.show(run_view(record))
     screen.emit(record.to_json_object())
 
@@ -77,17 +80,19 @@ def sensitivity(
     quiet: opt.Quiet = False,
 ) -> None:
     """Rank quantizers by what each one alone costs, and print what would leave the worst ones out."""
+    screen = Screen(json, quiet)
+    the_recipe = asked_recipe(recipe, leave, observer)  # before anything slow is imported
+    if task is None and data is None:
+        raise UserError("sensitivity needs something to judge by: --data (fidelity on its samples) or --task KIND:DATA")
+
     from octavo import pipeline
-    from octavo.cli.make import asked_recipe
-    from octavo.cli.work import Order, quantized, task_options
+    from octavo.cli.work import Order, Wanted, quantized, task_options
     from octavo.evaluate import parse_task
     from octavo.report.terminal import leave_hint, sensitivity_table
-    from octavo.spec.select import parse_pattern
 
-    screen = Screen(json, quiet)
     order = Order(
         model,
-        asked_recipe(recipe, leave, observer),
+        the_recipe,
         leave=tuple(leave or ()),
         data=data,
         samples=samples,
@@ -98,20 +103,18 @@ def sensitivity(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
-    if task is None and data is None:
-        raise UserError("sensitivity needs something to judge by: --data (fidelity on its samples) or --task KIND:DATA")
     judge = parse_task(task or f"fidelity:{data}", task_options(order))
     if task is None:
         judge = pipeline.shortened(judge, judge_samples)
-    pattern = parse_pattern(only)
-    run = quantized(order, screen.track)
+    wanted = Wanted(only)
+    run = quantized(order, screen.track, on_plan=wanted.look, judge=judge)
     ranked, chosen = pipeline.sensitivity(
-        run, judge, metric=metric, only=lambda name: pattern.matches_part(name), track=screen.track
+        run, judge, metric=metric, only=lambda name: name in wanted.names, track=screen.track
     )
     record = dataclasses.replace(run.record, sensitivity=pipeline.sensitivity_records(run, ranked, chosen))
     screen.show(sensitivity_table(record.sensitivity, most=top))
     worst = [row.quantizer for row in ranked[:top] if row.cost > 0]
-    screen.show(f"\nto leave them out:  {leave_hint(worst)}" if worst else "\nno quantizer costs anything here")
+    screen.say(f"\nto leave them out:  {leave_hint(worst)}" if worst else "\nno quantizer costs anything here")
     screen.emit(record.to_json_object())
 
 
@@ -130,9 +133,10 @@ def verify(
 ) -> None:
     """Read files back with code that shares nothing with their writer; compare every weight with the simulation."""
     from octavo import pipeline
+    from octavo.cli.work import drawn
     from octavo.export.run import is_run
     from octavo.report.verification import verification_view
-    from octavo.sources import batches, open_data
+    from octavo.sources import open_data
 
     screen = Screen(json, quiet)
     run = run or (directory if is_run(directory) else None)
@@ -141,7 +145,7 @@ def verify(
     simulated = pipeline.load(run, device=device, trust_remote_code=trust_remote_code)
     chosen = None
     if data is not None:
-        chosen = batches(open_data(data), simulated.loaded, batch_size=batch_size or 32, num_samples=samples or 64)
+        chosen = drawn(open_data(data), simulated.loaded, batch_size=batch_size or 32, samples=samples, otherwise=64)
     result = pipeline.verify(directory, simulated, chosen, track=screen.track)
     screen.show(verification_view(result.to_json_object(), str(directory)))
     screen.emit(result.to_json_object())

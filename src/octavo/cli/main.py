@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from typing import Annotated
 
 import typer
 
 from octavo.cli import look, make
 from octavo.errors import OctavoError, UserError
+from octavo.spec.version import VERSION
 
 app = typer.Typer(
     name="octavo",
@@ -17,6 +19,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
 )
 
 VERBS: tuple[Callable[..., None], ...] = (
@@ -35,8 +38,23 @@ for verb in VERBS:
     app.command()(verb)
 
 
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"octavo {VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
 def main() -> None:
-    """Entry point. Exit status: 0, 2 for a user's mistake, 1 otherwise."""
+    """Entry point. Exit status: 0, 2 for a user's mistake, 130 when interrupted, 1 otherwise."""
     try:
         app()
     except UserError as error:

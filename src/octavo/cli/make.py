@@ -21,6 +21,10 @@ def plan(
     recipe: opt.RecipeName,
     leave: opt.Leave = None,
     everything: Annotated[bool, typer.Option("--all", help="Every parameter in a row of its own.")] = False,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", "-d", metavar="D", help="Shows what the model takes, where its files do not say."),
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help="Write the plan as JSON.")] = None,
     device: opt.Device = "cpu",
     dtype: opt.Dtype = None,
@@ -33,17 +37,19 @@ def plan(
     the_recipe = asked_recipe(recipe, leave)  # before anything slow is imported
 
     from octavo import pipeline
+    from octavo.cli.work import Order, opened, sample
     from octavo.report.clock import Clock
     from octavo.report.plan_view import plan_listing, plan_view
-    from octavo.sources import open_model
 
     clock = Clock()
+    order = Order(model, the_recipe, data=data, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     with clock.phase("load"):
-        loaded = open_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        loaded = opened(order)
+        batch = sample(order, loaded)
     with clock.phase("plan"):
-        the_plan = pipeline.plan(loaded, the_recipe)
+        the_plan = pipeline.plan(loaded, the_recipe, sample=batch)
     if out is not None:
-        out.write_text(the_plan.to_json() + "\n", encoding="utf-8")
+        _write_text(out, the_plan.to_json() + "\n")
     screen.show(plan_listing(the_plan) if everything else plan_view(the_plan))
     record = pipeline.plan_record(the_plan, loaded, leave or (), clock)
     screen.emit(record.to_json_object())
@@ -97,7 +103,7 @@ def quantize(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
-    run = quantized(order, screen.track, on_plan=lambda the_plan: screen.show(plan_summary(the_plan)))
+    run = quantized(order, screen.track, on_plan=lambda the_plan: screen.note(f"plan: {plan_summary(the_plan)}"))
     screen.show(run_view(run.record))
     screen.emit(run.record.to_json_object())
 
@@ -121,7 +127,7 @@ def export(
     screen = Screen(json, quiet)
     written = pipeline.export(run, out, layout=layout, dtype=float_dtype(dtype), trust_remote_code=trust_remote_code)
     size = sum(file.stat().st_size for file in written.rglob("*") if file.is_file())
-    screen.show(f"{layout} checkpoint, {bytes_text(size)}, written to {written}")
+    screen.say(f"{layout} checkpoint, {bytes_text(size)}, written to {written}")
     screen.emit({"schema": "octavo.export/1", "layout": layout, "output": str(written), "file_bytes": size})
 
 
@@ -151,6 +157,15 @@ def asked_recipe(name: str, leave: list[str] | None, observer: str | None = None
     for pattern in leave or ():
         recipe = recipe.leave(pattern, why="left out on the command line", origin=f"--leave '{pattern}'")
     return recipe
+
+
+def _write_text(path: Path, text: str) -> None:
+    from octavo.errors import UserError
+
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 def float_dtype(name: str | None) -> torch.dtype | None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import sys
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console, RenderableType
 from rich.logging import RichHandler
@@ -23,14 +24,18 @@ class Screen:
     """How one command speaks.
 
     Args:
-        as_json: One JSON object on standard output and no tables.
+        as_json: One JSON object on standard output and no tables. Whatever else is printed from now on, by a model's
+            own code for instance, goes to standard error.
         quiet: No progress and no tables.
     """
 
     as_json: bool = False
     quiet: bool = False
+    _results: TextIO = field(default_factory=lambda: sys.stdout, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        if self.as_json:
+            sys.stdout = sys.stderr
         level = logging.ERROR if self.quiet else logging.WARNING
         handler = RichHandler(console=Console(stderr=True), show_time=False, show_path=False, show_level=True)
         logging.basicConfig(level=level, format="%(message)s", handlers=[handler], force=True)
@@ -48,9 +53,19 @@ class Screen:
     def show(self, view: RenderableType) -> None:
         """A result for a person."""
         if not (self.as_json or self.quiet):
-            Console().print(view)
+            Console(file=self._results).print(view)
+
+    def say(self, text: str) -> None:
+        """One line of a result, never folded: paths and options are there to be copied."""
+        if not (self.as_json or self.quiet):
+            Console(file=self._results).print(text, soft_wrap=True, markup=False, highlight=False)
+
+    def note(self, text: str) -> None:
+        """What a person likes to know while waiting, on standard error."""
+        if not (self.as_json or self.quiet):
+            Console(stderr=True).print(text, soft_wrap=True, markup=False, highlight=False)
 
     def emit(self, value: Any) -> None:
         """A result for a program."""
         if self.as_json:
-            print(json.dumps(value, indent=1, allow_nan=False))
+            print(json.dumps(value, indent=1, allow_nan=False), file=self._results)

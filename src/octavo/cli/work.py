@@ -6,15 +6,23 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from octavo import pipeline
-from octavo.evaluate import Options, parse_tasks
+from octavo.errors import UserError
+from octavo.evaluate import Options, Task, parse_tasks
+from octavo.export.base import exporter
 from octavo.export.run import check_run_target, write_record
 from octavo.report.clock import Clock
 from octavo.report.progress import Track
-from octavo.sources import Batches, LoadedModel, batches, open_data, open_model
+from octavo.report.words import shape_text
+from octavo.sources import Batches, DataKind, Dataset, LoadedModel, batches, feed, open_data, open_model
 from octavo.spec.plan import Plan
 from octavo.spec.recipe import Recipe
+from octavo.spec.select import parse_pattern, quantizer_name
+from octavo.spec.suggest import no_match_message
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,19 +46,28 @@ class Order:
     trust_remote_code: bool = False
 
 
-def quantized(order: Order, track: Track, *, on_plan: Callable[[Plan], None] = lambda plan: None) -> pipeline.Run:
+def quantized(
+    order: Order, track: Track, *, on_plan: Callable[[Plan], None] = lambda plan: None, judge: Task | None = None
+) -> pipeline.Run:
     """Do all of ``order``; what can be refused is refused before any work.
+
+    Args:
+        order: What to do.
+        track: Told of progress.
+        on_plan: Told of the plan before any work.
+        judge: A task for later, which the model must be able to do.
 
     Raises:
         UserError: as ``pipeline.quantize``, ``pipeline.save`` and ``pipeline.export``.
     """
     clock = Clock()
-    if order.out is not None:
-        check_run_target(order.out)
+    _check_outputs(order)
     tasks = parse_tasks(order.tasks, task_options(order))
     with clock.phase("load"):
         loaded = opened(order)
         data = calibration(order, loaded)
+    if judge is not None:
+        judge.check(loaded)
     run = pipeline.quantize(
         loaded,
         order.recipe,
@@ -72,6 +89,37 @@ def quantized(order: Order, track: Track, *, on_plan: Callable[[Plan], None] = l
     return run
 
 
+class Wanted:
+    """The quantizers that a pattern means, known as soon as there is a plan.
+
+    Raises:
+        UserError: not a pattern.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.pattern = parse_pattern(text)
+        self.names: set[str] = set()
+
+    def look(self, plan: Plan) -> None:
+        """Find them.
+
+        Raises:
+            UserError: the pattern means no quantizer of ``plan``.
+        """
+        self.names = {
+            quantizer_name(decision.site.name, slot)
+            for decision in plan.decisions
+            for slot in self.pattern.matching_slots(decision.site)
+            if slot in decision.scheme
+        }
+        if self.names:
+            return
+        sites = [decision.site for decision in plan.decisions]
+        if any(map(self.pattern.matches, sites)):
+            raise UserError(f"pattern '{self.pattern.text}' (--only): recipe '{plan.recipe}' quantizes nothing there")
+        raise UserError(no_match_message(self.pattern, sites, "--only"))
+
+
 def opened(order: Order) -> LoadedModel:
     """The model."""
     return open_model(order.model, device=order.device, dtype=order.dtype, trust_remote_code=order.trust_remote_code)
@@ -81,16 +129,89 @@ def calibration(order: Order, loaded: LoadedModel) -> Batches | None:
     """Calibration batches, if there is data."""
     if order.data is None:
         return None
-    defaults, data = order.recipe.calibration, open_data(order.data)
-    enough = len(data) > defaults.samples
-    return batches(
-        data,
+    defaults = order.recipe.calibration
+    return drawn(
+        open_data(order.data),
         loaded,
         batch_size=order.batch_size or defaults.batch_size,
-        num_samples=order.samples or (defaults.samples if enough else None),
+        samples=order.samples,
+        otherwise=defaults.samples,
         max_length=order.max_length,
         seed=order.seed,
     )
+
+
+def drawn(
+    data: Dataset,
+    loaded: LoadedModel,
+    *,
+    batch_size: int,
+    samples: int | None,
+    otherwise: int,
+    max_length: int | None = None,
+    seed: int = 0,
+) -> Batches:
+    """Batches of so many ``samples``; unless asked for, ``otherwise`` or all there are.
+
+    Raises:
+        UserError: the data does not fit the model.
+    """
+    enough = len(data) > otherwise
+    made = batches(
+        data,
+        loaded,
+        batch_size=batch_size,
+        num_samples=samples or (otherwise if enough else None),
+        max_length=max_length,
+        seed=seed,
+    )
+    if data.kind is DataKind.BATCHES:
+        check_batch(loaded, next(iter(made)), data.name)
+    return made
+
+
+def sample(order: Order, loaded: LoadedModel) -> Any:
+    """One batch for the traced forward; ``None`` without data."""
+    first = dataclasses.replace(order, samples=1, batch_size=1)
+    made = calibration(first, loaded)
+    return None if made is None else next(iter(made))
+
+
+@torch.no_grad()
+def check_batch(loaded: LoadedModel, batch: Any, name: str) -> None:
+    """Raise ``UserError`` unless the model runs on a batch that the user made."""
+    try:
+        feed(loaded.model, batch)
+    except UserError:
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"data '{name}' does not fit model '{loaded.source}': its forward pass, given {_described(batch)}, says: "
+            f"{reason}. A batch is a tensor, a tuple of arguments or a dict of them"
+        ) from error
+
+
+def _described(value: Any) -> str:
+    """A batch in a few words: its shapes."""
+    match value:
+        case torch.Tensor():
+            return f"tensor {shape_text(tuple(value.shape))}"
+        case dict():
+            return "{" + ", ".join(f"{key}: {_described(entry)}" for key, entry in value.items()) + "}"
+        case tuple() | list():
+            return "(" + ", ".join(map(_described, value)) + ")"
+    return type(value).__name__
+
+
+def _check_outputs(order: Order) -> None:
+    """Raise ``UserError`` now for what could not be written later."""
+    for layout in order.layouts:
+        exporter(layout)
+    if order.layouts and order.out is None:
+        raise UserError(f"--layout {order.layouts[0]} is written into the run directory: say which, --out RUN")
+    if order.out is not None:
+        check_run_target(order.out)
 
 
 def task_options(order: Order) -> Options:

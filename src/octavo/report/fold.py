@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 Index = tuple[int, ...]
+_PROBLEM = re.compile(r"layer '(?P<name>[^']*)': (?P<reason>.*)", re.DOTALL)
 
 
 def template(name: str) -> tuple[str, Index]:
@@ -35,6 +37,27 @@ def fold_names(names: Sequence[str]) -> dict[str, list[str]]:
         for ranges in _products(indices)
     }
     return _fold_last(folded)
+
+
+def fold_problems(problems: Sequence[str], most: int = 3) -> list[str]:
+    """Sentences ``layer 'NAME': REASON``, those with the same reason as one; others as they are.
+
+    >>> fold_problems(["layer 'h.0.fc': no label", "layer 'h.1.fc': no label", "nothing to write"])
+    ["2 layers ('h.{0,1}.fc'): no label", 'nothing to write']
+    """
+    by_reason: dict[str, list[str]] = {}
+    for problem in problems:
+        found = _PROBLEM.fullmatch(problem)
+        by_reason.setdefault(found["reason"] if found else problem, []).append(found["name"] if found else "")
+    return [_one_problem(reason, names, most) for reason, names in by_reason.items()]
+
+
+def _one_problem(reason: str, names: list[str], most: int) -> str:
+    if len(names) == 1:
+        return f"layer '{names[0]}': {reason}" if names[0] else reason
+    patterns = list(fold_names(names))
+    more = f" and {len(patterns) - most} more" if len(patterns) > most else ""
+    return f"{len(names)} layers ({', '.join(map(repr, patterns[:most]))}{more}): {reason}"
 
 
 def _is_number(part: str) -> bool:

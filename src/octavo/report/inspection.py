@@ -9,6 +9,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from octavo.report.plan_view import DottedName
+from octavo.report.words import bytes_text, shape_text
+
 
 def render_inspection(inspection: Mapping[str, Any], *, with_entries: bool = True) -> RenderableType:
     """Tables of an inspection.
@@ -19,45 +22,47 @@ def render_inspection(inspection: Mapping[str, Any], *, with_entries: bool = Tru
     """
     parts: list[RenderableType] = [_title(inspection), _formats(inspection)]
     if with_entries:
-        parts.append(_entries(inspection))
-    parts.append(_concerns(inspection))
-    return Group(*parts)
+        parts += [Text(), _entries(inspection)]
+    return Group(*parts, Text(), _concerns(inspection))
 
 
 def _title(inspection: Mapping[str, Any]) -> Text:
     facts = ", ".join(f"{name} {value}" for name, value in inspection["facts"].items())
-    head = f"{inspection['path']}: {inspection['layout']} layout, {inspection['tensor_bytes'] / 1e6:,.2f} MB of tensors"
-    return Text(f"{head}\n{facts}" if facts else head)
+    size = f"{inspection['layout']} layout, {bytes_text(inspection['tensor_bytes'])} of tensors"
+    return Text.assemble((inspection["path"], "bold"), f"  {size}{'; ' if facts else ''}{facts}\n")
 
 
 def _formats(inspection: Mapping[str, Any]) -> Table:
-    table = Table("kind", "format", title="Formats", title_justify="left")
+    table = _table("kind", "format")
     for name in ("entries", "values", "bytes"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for row in inspection["counts"]:
-        numbers = (row["num_entries"], row["num_values"], row["num_bytes"])
-        table.add_row(row["kind"], row["format"], *(f"{number:,}" for number in numbers))
+        values = f"{row['num_values']:,}" if row["num_values"] else ""
+        table.add_row(row["kind"], row["format"], f"{row['num_entries']:,}", values, f"{row['num_bytes']:,}")
     return table
 
 
 def _entries(inspection: Mapping[str, Any]) -> Table:
-    table = Table(title="Entries", title_justify="left")
-    table.add_column("name", overflow="fold")
-    for name in ("kind", "format", "dtype", "shape"):
-        table.add_column(name)
-    table.add_column("bytes", justify="right")
+    table = _table("name", "kind", "format", "dtype")
+    table.add_column("shape", justify="right", no_wrap=True)
+    table.add_column("bytes", justify="right", no_wrap=True)
     for row in inspection["rows"]:
-        shape = " x ".join(map(str, row["shape"]))
-        table.add_row(Text(row["name"]), row["kind"], row["format"], row["dtype"], shape, f"{row['num_bytes']:,}")
+        shape, size = shape_text(tuple(row["shape"])), f"{row['num_bytes']:,}"
+        table.add_row(DottedName(row["name"]), row["kind"], row["format"], row["dtype"], shape, size)
     return table
 
 
 def _concerns(inspection: Mapping[str, Any]) -> RenderableType:
     if not inspection["concerns"]:
-        return Text("No suspicious scales.")
-    table = Table(title="Suspicious", title_justify="left")
-    for name in ("name", "concern"):
-        table.add_column(name, overflow="fold")
+        return Text("no suspicious scales", style="green")
+    table = _table("suspicious", "why")
     for row in inspection["concerns"]:
-        table.add_row(Text(row["name"]), row["text"])
+        table.add_row(DottedName(row["name"]), Text(row["text"], style="yellow"))
+    return table
+
+
+def _table(*headings: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
     return table

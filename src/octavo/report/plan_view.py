@@ -33,7 +33,7 @@ def plan_listing(plan: Plan) -> RenderableType:
     table = Table(box=None, pad_edge=False, header_style="dim", expand=True)
     table.add_column("parameter", ratio=5, no_wrap=False)
     table.add_column("values", justify="right", no_wrap=True)
-    table.add_column("format", ratio=2)
+    table.add_column("format", ratio=2, overflow="fold")
     table.add_column("rule, or why it stays as it is", ratio=4)
     for decision in plan.decisions:
         for name, count, what, reason in _parameter_rows(decision):

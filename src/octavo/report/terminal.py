@@ -34,20 +34,27 @@ _BAR_WIDTH = 12
 
 
 def metrics_table(metrics: Mapping[str, Mapping[str, MetricRecord]]) -> Table:
-    """A row per metric: baseline, quantized, change, its standard error; red where worse by more than two of these."""
+    """A row per metric: baseline, quantized, change, its standard error; red where worse by more than two of these.
+
+    Columns that would be empty, as when only one model was measured, are not there.
+    """
+    rows = [
+        (task if number == 0 else "", name, metric)
+        for task, of_task in metrics.items()
+        for number, (name, metric) in enumerate(of_task.items())
+    ]
+    columns: dict[str, list[Text]] = {
+        "baseline": [Text(number_text(metric.baseline)) for _, _, metric in rows],
+        "quantized": [Text(number_text(metric.quantized)) for _, _, metric in rows],
+        "change": [_change(name, metric) for _, name, metric in rows],
+        "± s.e.": [Text(_error_text(metric)) for _, _, metric in rows],
+    }
+    shown = {heading: cells for heading, cells in columns.items() if any(cell.plain not in ("", "-") for cell in cells)}
     table = _table("task", "metric")
-    for heading in ("baseline", "quantized", "change", "± s.e."):
+    for heading in shown:
         table.add_column(heading, justify="right", no_wrap=True)
-    for task, of_task in metrics.items():
-        for number, (name, metric) in enumerate(of_task.items()):
-            table.add_row(
-                task if number == 0 else "",
-                name,
-                number_text(metric.baseline),
-                number_text(metric.quantized),
-                _change(name, metric),
-                "" if metric.standard_error is None else number_text(metric.standard_error),
-            )
+    for number, (task, name, _) in enumerate(rows):
+        table.add_row(task, name, *(cells[number] for cells in shown.values()))
     return table
 
 
@@ -79,14 +86,11 @@ def sensitivity_table(rows: Sequence[SensitivityRecord], *, most: int | None = N
     table.columns[0].justify = "right"
     table.columns[2].no_wrap = True
     table.add_column(f"loss of {metric}", justify="right", no_wrap=True)
-    table.add_column("± s.e.", justify="right", no_wrap=True)
     table.add_column("", width=_BAR_WIDTH, no_wrap=True)
     worst = max((abs(row.cost or 0.0) for row in shown), default=0.0)
     for rank, row in enumerate(shown, start=1):
-        error = "" if row.standard_error is None else number_text(row.standard_error)
-        table.add_row(
-            str(rank), DottedName(row.quantizer), row.format, number_text(row.cost), error, _bar(row.cost or 0.0, worst)
-        )
+        cost = row.cost or 0.0
+        table.add_row(str(rank), DottedName(row.quantizer), row.format, f"{cost:#.2g}", _bar(cost, worst))
     left_over = len(rows) - len(shown)
     return Group(table, Text(f"and {left_over} more", style="dim")) if left_over else table
 
@@ -141,13 +145,22 @@ def _table(*headings: str) -> Table:
 
 
 def _change(name: str, metric: MetricRecord) -> Text:
-    if metric.change is None:
+    if metric.change is None or _is_boundless(metric):
         return Text("-")
     return Text(number_text(metric.change, signed=True), style=_style(name, metric.change, metric.standard_error))
 
 
+def _is_boundless(metric: MetricRecord) -> bool:
+    """From an infinite baseline (signal to no noise at all) every change is infinite, and says nothing."""
+    return metric.baseline is not None and math.isinf(metric.baseline)
+
+
+def _error_text(metric: MetricRecord) -> str:
+    return "" if metric.standard_error is None or _is_boundless(metric) else number_text(metric.standard_error)
+
+
 def _value_with_change(name: str, metric: MetricRecord) -> Text:
-    if metric.change is None:
+    if metric.change is None or _is_boundless(metric):
         return Text(number_text(metric.quantized))
     error = "" if metric.standard_error is None else f" ± {number_text(metric.standard_error)}"
     style = _style(name, metric.change, metric.standard_error)

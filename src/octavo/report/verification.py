@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from octavo.report.words import count_text
+
 _MOST = 8
 
 
@@ -16,16 +18,21 @@ def verification_view(result: Mapping[str, Any], directory: str) -> RenderableTy
     lines = [Text.assemble((directory, "bold"), "  ", _verdict(result["agrees"]))]
     lines.append(
         Text(
-            f"{result['num_weights']} quantized weights, {result['num_tensors']} other tensors and "
-            f"{result['num_activations']} activation scales compared: {result['num_values']:,} values"
+            f"{count_text(result['num_weights'], 'quantized weight')}, "
+            f"{count_text(result['num_tensors'], 'other tensor')} and "
+            f"{count_text(result['num_activations'], 'activation scale')} compared: {result['num_values']:,} values"
         )
     )
     if result["worst_output"] is not None:
         lines.append(
-            Text(f"outputs of {result['num_batches']} batches: largest difference {result['worst_output']:.3g}")
+            Text(
+                f"outputs of {count_text(result['num_batches'], 'batch', 'batches')}: "
+                f"largest difference {result['worst_output']:.3g}"
+            )
         )
     if result["narrowed"]:
-        lines.append(Text(f"{len(result['narrowed'])} tensors are stored in a narrower dtype and compared in it"))
+        narrowed = count_text(len(result["narrowed"]), "tensor")
+        lines.append(Text(f"{narrowed} stored in a narrower dtype, and compared in it"))
     troubles = [f"{entry['name']}: {entry['text']}" for entry in result["differences"]]
     troubles += [f"{name}: missing" for name in result["missing"]]
     troubles += [f"{name}: nobody expected it" for name in result["extra"]]

@@ -47,6 +47,15 @@ def seconds_text(seconds: float) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def count_text(count: int, singular: str, plural: str = "") -> str:
+    """A number of things.
+
+    >>> count_text(1, "batch", "batches"), count_text(1200, "tensor")
+    ('1 batch', '1,200 tensors')
+    """
+    return f"{count:,} {singular if count == 1 else plural or singular + 's'}"
+
+
 def shape_text(shape: tuple[int, ...]) -> str:
     """``1536×384``; nothing for no shape."""
     return TIMES.join(map(str, shape))

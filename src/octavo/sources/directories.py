@@ -57,6 +57,11 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 def check_weights(directory: Path) -> None:
     """Raise ``UserError`` unless safetensors weights lie in ``directory``."""
+    if (directory / "run.json").is_file() and (directory / "layout.json").is_file():
+        raise UserError(
+            f"model directory {directory} is a run, so its weights are quantized already: `octavo evaluate` and "
+            "`octavo export` take it; here give the model that it was made from"
+        )
     if any(directory.glob("*.safetensors")):
         return
     pickles = sorted(path.name for path in directory.iterdir() if path.suffix in _PICKLES)
