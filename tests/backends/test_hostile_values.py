@@ -1,4 +1,4 @@
-"""What models with trouble feed a backend: scales of every size, zero points at the ends, infinities, NaN, odd strides."""
+"""What models with trouble feed a backend: any scale, zero points at the ends, infinities, NaN, odd strides."""
 
 from __future__ import annotations
 
