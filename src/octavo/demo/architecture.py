@@ -1,9 +1,10 @@
 """The demo model before training: a CLIP in small, its tokenizer and its image processor."""
 
-import json
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from octavo.demo.captions import vocabulary
@@ -72,10 +73,25 @@ def save_directory(model: CLIPModel, tokenizer: CLIPTokenizer, path: Path) -> No
 
 
 def _learn_merges(words: tuple[str, ...]) -> list[tuple[str, str]]:
-    """The merges, in order, that make one token of each of ``words``."""
-    learner = Tokenizer(models.BPE(end_of_word_suffix=_WORD_END))
-    trainer = trainers.BpeTrainer(
-        vocab_size=1 << 16, min_frequency=1, end_of_word_suffix=_WORD_END, special_tokens=[], show_progress=False
-    )
-    learner.train_from_iterator(words, trainer)
-    return [(left, right) for left, right in json.loads(learner.to_str())["model"]["merges"]]
+    """The merges, in order, that make one token of each of ``words``.
+
+    Byte-pair encoding (Sennrich et al., arXiv:1508.07909). The trainer of ``tokenizers`` breaks ties at random; here
+    the first pair in the alphabet wins, so that every process numbers its tokens alike.
+    """
+    split_words: list[tuple[str, ...]] = [(*word[:-1], word[-1] + _WORD_END) for word in words]
+    merges: list[tuple[str, str]] = []
+    while pairs := Counter(pair for parts in split_words for pair in pairwise(parts)):
+        merges.append(min(pairs, key=lambda pair: (-pairs[pair], pair)))
+        split_words = [_merge(parts, merges[-1]) for parts in split_words]
+    return merges
+
+
+def _merge(parts: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
+    """``parts`` with each ``pair`` of neighbours made one, from the left."""
+    merged: list[str] = []
+    for part in parts:
+        if merged and (merged[-1], part) == pair:
+            merged[-1] += part
+        else:
+            merged.append(part)
+    return tuple(merged)
