@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import struct
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -148,11 +150,18 @@ def _find_shards(path: Path) -> dict[str, Path]:
     with ExitStack() as stack:
         for file in files:
             try:
-                opened = stack.enter_context(safe_open(file, framework="pt"))
+                stack.enter_context(safe_open(file, framework="pt"))
             except (OSError, SafetensorError) as error:
                 raise UserError(f"run {path}: cannot read {file.name}: {error}") from error
-            shards.update(dict.fromkeys(opened.keys(), file))
+            shards.update(dict.fromkeys(_names_as_written(file), file))
     return shards
+
+
+def _names_as_written(path: Path) -> list[str]:
+    """Tensor names in the order of the header; ``safe_open`` sorts them, and a later export would, too."""
+    with path.open("rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        return [name for name in json.loads(file.read(size)) if name != "__metadata__"]
 
 
 def _claimed_names(entry: LayerLayout) -> Iterator[str]:
