@@ -7,6 +7,7 @@ back needs is in the classes (``octavo_original``), so it works on a deepcopy, t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any, NoReturn
 
 from torch import nn
@@ -63,6 +64,7 @@ def _shared_inputs(plan: Plan) -> dict[str, SharedInput]:
 
 def _insert_one(model: nn.Module, decision: Decision, site: Site, shared: SharedInput | None) -> None:
     module = _holder(model, site)
+    device = next(chain(module.parameters(), model.parameters())).device
     for slot, spec in decision.scheme.items():
         name = f"{decision.site.name}.{QUANTIZER_NAMES[slot]}"
         quantizer: Quantizer
@@ -71,7 +73,6 @@ def _insert_one(model: nn.Module, decision: Decision, site: Site, shared: Shared
             quantizer = WeightQuantizer(name, spec, site.view)
         else:
             quantizer = ActivationQuantizer(name, spec, shared if slot is Slot.INPUT else None)
-        device = next((p.device for p in module.parameters()), next(model.parameters()).device)
         module.add_module(child_name(slot, site.ordinal), quantizer.to(device))
 
 
