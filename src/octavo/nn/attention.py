@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cache
-from types import CodeType, FunctionType
+from functools import cache, partial
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from octavo.nn.layers import through
 from octavo.nn.rewrite import (
-    CallPoint,
     NoSourceError,
     Position,
     Redirect,
+    Redirected,
     method_with_code,
     redirected,
     replace_inner,
@@ -59,35 +59,58 @@ def _redirect(ordinal: int, *, is_interface: bool) -> Redirect:
     return attend
 
 
-def _enter(code: CodeType, inner: dict[Position, Redirect]) -> Redirect:
-    """A call of the function with ``code``, redirected inside; any other callee is left alone."""
-    clones: dict[Any, FunctionType] = {}
+def _enter(inner: Sequence[Redirected], otherwise: Redirect | None) -> Redirect:
+    """A call of a function whose code is among ``inner``, redirected inside.
+
+    Any other callee is the attention itself where ``otherwise`` says how that is redirected, and else left alone.
+    """
+    clones: dict[FunctionType, FunctionType] = {}
 
     def enter(owner: nn.Module, callee: Any, *args: Any, **kwargs: Any) -> Any:
-        function = getattr(callee, "__func__", callee)
-        if getattr(function, "__code__", None) is not code:
-            return callee(*args, **kwargs)
-        if function not in clones:
-            clones[function] = redirected(function, inner, takes_owner=True)
-        receiver = () if function is callee else (callee.__self__,)
-        return clones[function](owner, *receiver, *args, **kwargs)
+        function, first, named = _plain(callee)
+        code = getattr(function, "__code__", None)
+        for within in inner:  # no dict of codes: torch.compile cannot look into one
+            if code is within.code:
+                if function not in clones:
+                    clones[function] = within.made_from(function)
+                return clones[function](owner, *first, *args, **{**named, **kwargs})
+        return callee(*args, **kwargs) if otherwise is None else otherwise(owner, callee, *args, **kwargs)
 
     return enter
 
 
+def _plain(callee: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """The function that ``callee`` calls, and the arguments that it puts first: of methods, partials, objects."""
+    if isinstance(callee, partial):
+        function, first, named = _plain(callee.func)
+        return function, (*first, *callee.args), {**named, **callee.keywords}
+    if isinstance(callee, MethodType):
+        return callee.__func__, (callee.__self__,), {}
+    call = type(callee).__call__
+    return (callee, (), {}) if not isinstance(call, FunctionType) else (call, (callee,), {})
+
+
 def _redirects(calls: Sequence[tuple[int, AttentionCall]], depth: int) -> dict[Position, Redirect]:
     """Redirects for the functions at ``depth`` of the calls' chains, which all share that function."""
-    points: dict[CallPoint, list[tuple[int, AttentionCall]]] = {}
+    points: dict[Position, list[tuple[int, AttentionCall]]] = {}
     for ordinal, call in calls:
-        points.setdefault(call.chain[depth], []).append((ordinal, call))
-    result: dict[Position, Redirect] = {}
-    for point, below in points.items():
-        ordinal, call = below[0]
+        points.setdefault(call.chain[depth].position, []).append((ordinal, call))
+    return {position: _redirect_at(below, depth) for position, below in points.items()}
+
+
+def _redirect_at(calls: Sequence[tuple[int, AttentionCall]], depth: int) -> Redirect:
+    """One call expression, through which all of ``calls`` go: it is the attention, or leads to it."""
+    here: Redirect | None = None
+    deeper: dict[CodeType, list[tuple[int, AttentionCall]]] = {}
+    for ordinal, call in calls:
         if len(call.chain) == depth + 1:
-            result[point.position] = _redirect(ordinal, is_interface=call.is_interface)
+            here = here or _redirect(ordinal, is_interface=call.is_interface)
         else:
-            result[point.position] = _enter(call.chain[depth + 1].code, _redirects(below, depth + 1))
-    return result
+            deeper.setdefault(call.chain[depth + 1].code, []).append((ordinal, call))
+    if here is not None and not deeper:
+        return here
+    inner = [redirected(code, _redirects(group, depth + 1), takes_owner=True) for code, group in deeper.items()]
+    return _enter(inner, here)
 
 
 @cache
@@ -106,7 +129,7 @@ def attention_class(cls: type[nn.Module], calls: tuple[tuple[int, AttentionCall]
         if found is None:
             raise NoSourceError(f"{code.co_name} is not a method of {cls.__name__}")
         name, inner = found
-        new = redirected(inner, _redirects(group, 0), takes_owner=False)
+        new = redirected(code, _redirects(group, 0), takes_owner=False).made_from(inner)
         outer = next(vars(base)[name] for base in cls.__mro__ if name in vars(base))
         methods[name] = replace_inner(outer, inner, new)
     body = {**methods, "octavo_original": cls, "__module__": cls.__module__, "__qualname__": cls.__qualname__}

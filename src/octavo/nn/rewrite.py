@@ -7,9 +7,12 @@ threads and deepcopy see nothing unusual. Line numbers, globals, defaults, closu
 """
 
 from __future__ import annotations
+import __future__
 
 import ast
 import copy
+import functools
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,6 +26,10 @@ Redirect = Callable[..., Any]
 """Called as ``redirect(owner, callee, *args, **kwargs)`` in place of ``callee(*args, **kwargs)``."""
 
 _OWNER = "octavo_owner__"
+_FUTURES = functools.reduce(
+    operator.or_, (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
+)
+"""Flags of ``from __future__`` imports, which change what nested definitions mean."""
 
 
 class NoSourceError(Exception):
@@ -79,11 +86,37 @@ def _definition(code: CodeType) -> ast.FunctionDef:
     raise NoSourceError(f"no definition of {code.co_name} at {code.co_filename}:{code.co_firstlineno}")
 
 
-def redirected(function: FunctionType, redirects: Mapping[Position, Redirect], *, takes_owner: bool) -> FunctionType:
-    """``function`` with the calls at some positions redirected.
+@dataclass(frozen=True, slots=True)
+class Redirected:
+    """A function's code with the calls at some positions redirected; ``made_from`` makes it a function again.
 
     Args:
-        function: A plain function (a method as its class holds it).
+        code: The code that was observed.
+        new_code: The same, redirected.
+        cells: Name of a free variable of ``new_code`` -> what is called there.
+    """
+
+    code: CodeType
+    new_code: CodeType
+    cells: Mapping[str, CellType]
+
+    def made_from(self, function: FunctionType) -> FunctionType:
+        """``function``, whose code this is of, redirected: globals, defaults and closure are its own."""
+        assert function.__code__ is self.code
+        cells = {**dict(zip(self.code.co_freevars, function.__closure__ or (), strict=True)), **self.cells}
+        closure = tuple(cells[name] for name in self.new_code.co_freevars)
+        clone = FunctionType(self.new_code, function.__globals__, function.__name__, function.__defaults__, closure)
+        clone.__kwdefaults__ = function.__kwdefaults__
+        clone.__qualname__ = function.__qualname__
+        clone.__dict__.update(function.__dict__)
+        return clone
+
+
+def redirected(code: CodeType, redirects: Mapping[Position, Redirect], *, takes_owner: bool) -> Redirected:
+    """``code`` with the calls at some positions redirected; calls in functions defined inside count as its own.
+
+    Args:
+        code: Of a plain function (a method as its class holds it).
         redirects: Position -> what is called instead.
         takes_owner: True adds a first parameter that is handed to the redirects; False hands them the
             function's own first parameter (``self``).
@@ -91,7 +124,6 @@ def redirected(function: FunctionType, redirects: Mapping[Position, Redirect], *
     Raises:
         NoSourceError: the source is not there, or is not what was executed.
     """
-    code = function.__code__
     tree = copy.deepcopy(_definition(code))
     names = {position: f"octavo_redirect_{k}__" for k, position in enumerate(redirects)}
     owner = _OWNER if takes_owner else code.co_varnames[0]
@@ -101,14 +133,7 @@ def redirected(function: FunctionType, redirects: Mapping[Position, Redirect], *
         raise NoSourceError(f"the source of {code.co_name} is not the code that ran ({code.co_filename})")
     _make_bare(tree, takes_owner=takes_owner)
     new_code = _compile_inside_factory(tree, code, tuple(names.values()))
-    cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
-    cells |= {names[position]: CellType(redirect) for position, redirect in redirects.items()}
-    closure = tuple(cells[name] for name in new_code.co_freevars)
-    clone = FunctionType(new_code, function.__globals__, function.__name__, function.__defaults__, closure)
-    clone.__kwdefaults__ = function.__kwdefaults__
-    clone.__qualname__ = function.__qualname__
-    clone.__dict__.update(function.__dict__)
-    return clone
+    return Redirected(code, new_code, {names[position]: CellType(call) for position, call in redirects.items()})
 
 
 def _make_bare(tree: ast.FunctionDef, *, takes_owner: bool) -> None:
@@ -127,25 +152,49 @@ def _make_bare(tree: ast.FunctionDef, *, takes_owner: bool) -> None:
 
 
 def _compile_inside_factory(tree: ast.FunctionDef, code: CodeType, extra: tuple[str, ...]) -> CodeType:
-    """Compile ``tree`` as an inner function, so that its free variables are free variables again."""
+    """Compile ``tree`` as an inner function, so that its free variables are free variables again.
+
+    Around a method stands a class of the same name, so that private names (``self.__x``) are what they were.
+    """
     parameters = ", ".join((*code.co_freevars, *extra))
     outer = ast.parse(f"def octavo_factory__({parameters}): pass").body[0]
     assert isinstance(outer, ast.FunctionDef)
-    outer.body = [tree]
+    within = (code.co_qualname.split(".")[-2:-1] or ["<locals>"])[0]
+    if within == "<locals>":
+        outer.body = [tree]
+    else:
+        shell = ast.parse(f"class {within}: pass").body[0]
+        assert isinstance(shell, ast.ClassDef)
+        shell.body = [tree]
+        outer.body = [shell]
     module = ast.fix_missing_locations(ast.Module([outer], []))
-    compiled = compile(module, code.co_filename, "exec", dont_inherit=True)
-    factory = next(c for c in compiled.co_consts if isinstance(c, CodeType))
-    return next(c for c in factory.co_consts if isinstance(c, CodeType) and c.co_name == code.co_name)
+    flags = code.co_flags & _FUTURES
+    found = compile(module, code.co_filename, "exec", flags=flags, dont_inherit=True)
+    for _ in range(2 if within == "<locals>" else 3):
+        found = next(c for c in found.co_consts if isinstance(c, CodeType))
+    assert found.co_name == code.co_name
+    return found
+
+
+def is_inside(inner: CodeType, outer: CodeType) -> bool:
+    """Whether ``inner`` is of a function, lambda or comprehension that is defined inside ``outer``."""
+    nested = [c for c in outer.co_consts if isinstance(c, CodeType)]
+    return any(c is inner or is_inside(inner, c) for c in nested)
 
 
 def method_with_code(cls: type, code: CodeType) -> tuple[str, FunctionType] | None:
-    """The method of ``cls`` in which ``code`` runs, seen through decorators: name and function with that code."""
+    """The method of ``cls`` in which ``code`` runs, seen through decorators: name and function with that code.
+
+    A method that a subclass overrides is not one of ``cls``: it is only reached through its overrider.
+    """
+    overridden: set[str] = set()
     for base in cls.__mro__:
         for name, attribute in vars(base).items():
-            if isinstance(attribute, FunctionType):
+            if isinstance(attribute, FunctionType) and name not in overridden:
                 inner = next((f for f in _layers(attribute) if f.__code__ is code), None)
                 if inner is not None:
                     return name, inner
+        overridden.update(vars(base))
     return None
 
 

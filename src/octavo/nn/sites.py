@@ -136,7 +136,7 @@ def _module_sites(path: str, module: nn.Module, seen: Trace | None) -> Iterator[
     if isinstance(module, nn.MultiheadAttention):
         yield from _multihead_sites(path, module, parameters, seen)
     elif kind is not None:
-        reason = obstacle(module, kind)
+        reason = obstacle(module, kind) or _read_outside(path, seen)
         weight = module._parameters.get("weight")
         view = kind.view(weight) if weight is not None and kind.operation != "norm" else None
         facts = _facts(
@@ -160,6 +160,12 @@ def _module_sites(path: str, module: nn.Module, seen: Trace | None) -> Iterator[
         )
         macs = _loose_products(path, seen) if seen else None
         yield Site(_facts(path or "(model)", "other", module, parameters, macs=macs, obstacle=why), path)
+
+
+def _read_outside(path: str, seen: Trace | None) -> str:
+    if seen is None or _joined(path, "weight") not in seen.read_outside:
+        return ""
+    return "its weight is also read outside of its own forward, where no quantizer would see it"
 
 
 def _loose_products(path: str, seen: Trace) -> int:

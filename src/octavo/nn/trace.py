@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from octavo.nn.layers import LayerKind, layer_kind
-from octavo.nn.rewrite import CallPoint, call_point
+from octavo.nn.rewrite import CallPoint, call_point, is_inside, method_with_code
 
 _INTERFACE = ("module", "query", "key", "value")
 """The first parameters of every function behind transformers' attention interface, eager or fused."""
@@ -56,6 +56,7 @@ class Trace:
         reads: Path of a layer -> number of the tensor it read first; equal numbers, equal tensors.
         attention: Attention calls in order of first execution, with their multiply-adds.
         order: Paths of all modules in order of their first call.
+        read_outside: Parameters that were computed with while no module that holds them was running.
     """
 
     macs: dict[str, int] = field(default_factory=dict)
@@ -63,6 +64,7 @@ class Trace:
     attention: dict[AttentionCall, int] = field(default_factory=dict)
     products: dict[str, int] = field(default_factory=dict)
     order: list[str] = field(default_factory=list)
+    read_outside: set[str] = field(default_factory=set)
 
 
 def trace(model: nn.Module, run: Callable[[], Any]) -> Trace:
@@ -87,7 +89,7 @@ def trace(model: nn.Module, run: Callable[[], Any]) -> Trace:
         cleanup.enter_context(_no_fast_path())
         cleanup.enter_context(torch.no_grad())
         cleanup.enter_context(_evaluating(model))
-        cleanup.enter_context(_CallMode(result, stack))
+        cleanup.enter_context(_CallMode(result, stack, model))
         with suppress(_SeenEnough):
             run()
     return result
@@ -176,7 +178,7 @@ def _layer_macs(module: nn.Module, kind: LayerKind, x: Tensor | None, output: Te
     if weight is None or x is None or kind.operation in ("embedding", "norm"):
         return 0
     if kind.operation == "conv_transposed":  # every input value meets every weight of its channel
-        return x.numel() * weight[0].numel()
+        return x.numel() * (weight.numel() // weight.shape[0])
     return output.numel() * kind.view(weight).matrix_shape[1]
 
 
@@ -193,16 +195,45 @@ def _multihead_macs(module: nn.MultiheadAttention, args: tuple[Any, ...], kwargs
     return macs
 
 
+_MODULE_CALL = nn.Module._call_impl.__code__
+"""Above this frame the caller of the module begins."""
+
+
+def _is_first_argument(owner: nn.Module, frame: Any) -> bool:
+    code = frame.f_code
+    return bool(code.co_argcount) and frame.f_locals.get(code.co_varnames[0]) is owner
+
+
+def _by_function(points: list[CallPoint]) -> tuple[CallPoint, ...]:
+    """From the outermost call inwards; a call in a function that is defined inside another counts as the outer's."""
+    chain: list[CallPoint] = []
+    rest = points
+    while rest:
+        code = rest[0].code
+        last = max(k for k, point in enumerate(rest) if k == 0 or is_inside(point.code, code))
+        chain.append(CallPoint(code, rest[last].position))
+        rest = rest[last + 1 :]
+    return tuple(chain)
+
+
 class _CallMode(TorchFunctionMode):
     """Sees every torch function: attention calls and products of two activations."""
 
-    def __init__(self, result: Trace, stack: list[tuple[str, nn.Module]]) -> None:
+    def __init__(self, result: Trace, stack: list[tuple[str, nn.Module]], model: nn.Module) -> None:
         super().__init__()
         self.result = result
         self.stack = stack
+        self._modules = dict(model.named_modules(remove_duplicate=False))
+        self._names: dict[int, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            self._names.setdefault(id(parameter), []).append(name)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
+        if isinstance(output, Tensor) or (type(output) is tuple and any(isinstance(t, Tensor) for t in output)):
+            for value in (*args, *(kwargs or {}).values()):
+                if isinstance(value, nn.Parameter):
+                    self._parameter(value)
         sealed = any(isinstance(module, nn.MultiheadAttention) for _, module in self.stack)
         if self.stack and not sealed:
             if func is F.scaled_dot_product_attention:
@@ -213,23 +244,30 @@ class _CallMode(TorchFunctionMode):
                 self._product(args, output)
         return output
 
+    def _parameter(self, parameter: nn.Parameter) -> None:
+        names = self._names.get(id(parameter), [])
+        running = {id(module) for _, module in self.stack}
+        holders = (name.rpartition(".")[0] for name in names)
+        if not any(id(self._modules[path]) in running for path in holders):
+            self.result.read_outside.update(names)
+
     def _attention(self, frame: Any, args: Any, kwargs: Any, *, fused: bool) -> None:
         path, owner = self.stack[-1]
         points: list[CallPoint] = []
         is_interface = False
         query, key = (args[k] if len(args) > k else kwargs.get(n) for k, n in enumerate(("query", "key")))
-        while frame is not None:
+        while frame is not None and frame.f_code is not _MODULE_CALL:
             code = frame.f_code
             points.append(call_point(frame))
             if code.co_varnames[:4] == _INTERFACE and frame.f_locals.get("module") is owner:
                 is_interface, points = True, []
                 query, key = frame.f_locals["query"], frame.f_locals["key"]
-            elif code.co_argcount and frame.f_locals.get(code.co_varnames[0]) is owner:
+            elif _is_first_argument(owner, frame) and method_with_code(type(owner), code) is not None:
                 break
             frame = frame.f_back
-        if frame is None or not (fused or is_interface):
+        if not (fused or is_interface):
             return
-        call = AttentionCall(path, tuple(reversed(points)), is_interface)
+        call = AttentionCall(path, _by_function(points[::-1]), is_interface)
         macs = 2 * query.numel() * key.shape[-2]
         self.result.attention[call] = self.result.attention.get(call, 0) + macs
 
