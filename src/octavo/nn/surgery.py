@@ -133,6 +133,12 @@ class _NoFastPath(nn.TransformerEncoderLayer):
     activation_relu_or_gelu = property(lambda self: 0, lambda self, value: None)
 
 
+class _NoNestedTensors(nn.TransformerEncoder):
+    """Keeps a padded batch a plain tensor: torch packs it only for the fused layers, and nothing rounds packed ones."""
+
+    use_nested_tensor = property(lambda self: False, lambda self, value: None)
+
+
 def _refuse_save(*args: object, **kwargs: object) -> NoReturn:
     raise UserError(
         "save_pretrained would write simulated weights as if they were the model's own: write the quantized model with "
@@ -140,11 +146,18 @@ def _refuse_save(*args: object, **kwargs: object) -> NoReturn:
     )
 
 
+_FUSED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.TransformerEncoderLayer: _NoFastPath,
+    nn.TransformerEncoder: _NoNestedTensors,
+}
+
+
 def _close_side_doors(model: nn.Module) -> None:
     """Ways around the quantizers: torch's fused encoder layer, and saving as if nothing had happened."""
     for module in model.modules():
-        if type(module) is nn.TransformerEncoderLayer and any(isinstance(m, Quantizer) for m in module.modules()):
-            module.__class__ = quantized_class(nn.TransformerEncoderLayer, _NoFastPath)
+        for base, closed in _FUSED.items():
+            if isinstance(module, base) and any(isinstance(m, Quantizer) for m in module.modules()):
+                _change_class(module, quantized_class(type(module), closed))
         if callable(getattr(type(module), "save_pretrained", None)):
             module.__dict__["save_pretrained"] = _refuse_save
 

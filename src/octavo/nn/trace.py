@@ -230,12 +230,10 @@ class _CallMode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        if isinstance(output, Tensor) or (type(output) is tuple and any(isinstance(t, Tensor) for t in output)):
-            for value in (*args, *(kwargs or {}).values()):
-                if isinstance(value, nn.Parameter):
-                    self._parameter(value)
         sealed = any(isinstance(module, nn.MultiheadAttention) for _, module in self.stack)
         if self.stack and not sealed:
+            if isinstance(output, Tensor) or (type(output) is tuple and any(isinstance(t, Tensor) for t in output)):
+                self._parameters((*args, *(kwargs or {}).values()))
             if func is F.scaled_dot_product_attention:
                 self._attention(sys._getframe(1), args, kwargs or {}, fused=True)
             elif func in _SOFTMAX:
@@ -244,12 +242,13 @@ class _CallMode(TorchFunctionMode):
                 self._product(args, output)
         return output
 
-    def _parameter(self, parameter: nn.Parameter) -> None:
-        names = self._names.get(id(parameter), [])
+    def _parameters(self, values: tuple[Any, ...]) -> None:
         running = {id(module) for _, module in self.stack}
-        holders = (name.rpartition(".")[0] for name in names)
-        if not any(id(self._modules[path]) in running for path in holders):
-            self.result.read_outside.update(names)
+        for parameter in values:
+            if isinstance(parameter, nn.Parameter):
+                names = self._names.get(id(parameter), [])
+                if not any(id(self._modules[name.rpartition(".")[0]]) in running for name in names):
+                    self.result.read_outside.update(names)
 
     def _attention(self, frame: Any, args: Any, kwargs: Any, *, fused: bool) -> None:
         path, owner = self.stack[-1]
