@@ -12,7 +12,7 @@ import pytest
 
 from cli.running import fine
 
-pytestmark = [pytest.mark.usefixtures("_on_the_bench")]
+pytestmark = [pytest.mark.usefixtures("_on_the_bench"), pytest.mark.slow]
 
 DYING = """
 import os, signal, sys
@@ -34,7 +34,7 @@ main()
 """
 
 
-@pytest.mark.parametrize("moment", [pytest.param(1, marks=pytest.mark.slow), 30])
+@pytest.mark.parametrize("moment", [1, 30])
 def test_a_kill_during_an_export_leaves_the_old_one(moment: int, run: Path, tmp_path: Path) -> None:
     out = tmp_path / "checkpoint"
     words = ("export", "run", "--layout", "modelopt", "--out", out)
@@ -47,14 +47,12 @@ def test_a_kill_during_an_export_leaves_the_old_one(moment: int, run: Path, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"], "what the killed one left is swept away"
 
 
-@pytest.mark.slow
 def test_a_kill_during_the_first_export_leaves_nothing_under_the_name(run: Path, tmp_path: Path) -> None:
     _killed(DYING, 30, ("export", "run", "--layout", "modelopt", "--out", tmp_path / "checkpoint"))
     assert not (tmp_path / "checkpoint").exists()
     assert all(path.name.startswith(".octavo-partial-") for path in tmp_path.iterdir())
 
 
-@pytest.mark.slow
 def test_a_kill_during_quantize_leaves_the_old_run(bench: Path, tmp_path: Path) -> None:
     words = ("quantize", "bert", "--recipe", "fp8-dynamic", "--out", tmp_path / "run")
     fine(*words, "--quiet")

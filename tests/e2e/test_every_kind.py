@@ -117,7 +117,7 @@ def test_inspect_lists_weights_and_finds_nothing_suspicious(case: Case, finished
 
 def test_sensitivity_ranks_every_quantizer(case: Case, finished: Finished) -> None:
     record = RunRecord.from_json((finished(case.model) / "run.json").read_text())
-    words = ("--recipe", case.recipe, "--data", case.data, "--judge-samples", "4")
+    words = ("--recipe", case.recipe, "--data", case.data, "--judge-samples", "2")
     outcome = fine("sensitivity", case.model, *words, "--only", "*weight_quantizer", "--json")
     check_json_object(outcome.json)
     rows = outcome.json["sensitivity"]
@@ -186,7 +186,8 @@ def test_a_run_loads_in_python_with_the_same_outputs(name: str, finished: Finish
 
 def test_leaving_the_worst_out_does_what_the_hint_says(finished: Finished, tmp_path: Path) -> None:
     case = CASES["clip"]
-    shown = fine("sensitivity", "clip", "--recipe", case.recipe, "--data", case.data, "--top", 2)
+    few = ("--only", "text_model.*", "--judge-samples", 2)
+    shown = fine("sensitivity", "clip", "--recipe", case.recipe, "--data", case.data, "--top", 2, *few)
     hint = next(line for line in shown.out.splitlines() if line.startswith("to leave them out:"))
     patterns = hint.split("'")[1::2]
     words = [word for pattern in patterns for word in ("--leave", pattern)]
