@@ -90,8 +90,16 @@ def whisper(kernel: str) -> Case:
     return WhisperModel._from_config(config, attn_implementation=kernel), batch, 3
 
 
+def t5(kernel: str) -> Case:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(vocab_size=60, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    batch = {"input_ids": ids(2, 6), "decoder_input_ids": ids(2, 5), "use_cache": False}
+    return T5ForConditionalGeneration._from_config(config, attn_implementation=kernel), batch, 3
+
+
 FAMILIES: dict[str, Callable[[str], Case]] = {
-    make.__name__: make for make in (clip, siglip, bert, vit, llama, gpt2, whisper)
+    make.__name__: make for make in (clip, siglip, bert, vit, llama, gpt2, whisper, t5)
 }
 every_family = pytest.mark.parametrize("name", FAMILIES)
 every_kernel = pytest.mark.parametrize("kernel", ["sdpa", "eager"])
@@ -144,21 +152,24 @@ def test_the_presets_leave_norms_alone(name: str) -> None:
         assert all(not d.scheme and d.why for d in norms)
 
 
-def test_t5_attention_is_written_out_and_the_plan_says_so() -> None:
-    """T5 multiplies and masks by hand, with a learned bias: there is no attention call; its layers are quantized."""
-    from transformers import T5Config, T5ForConditionalGeneration
+class WrittenOut(nn.Module):
+    """Attention as two products and a softmax in the open."""
 
-    torch.manual_seed(0)
-    config = T5Config(vocab_size=60, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0)
-    model = T5ForConditionalGeneration(config).eval()
-    batch = {"input_ids": ids(2, 6), "decoder_input_ids": ids(2, 5), "use_cache": False}
-    before = outputs(model, batch)
-    run = octavo.quantize(model, "fp8-attention", [batch])
-    attention = [d for d in run.plan.decisions if d.site.operation == "attention"]
-    loose = [d for d in run.plan.decisions if "product of two activations" in d.why or "outside of the layers" in d.why]
-    assert attention or loose
-    assert any("attention" in w.lower() for w in run.plan.warnings) or attention
-    assert not torch.equal(outputs(model, batch), before)
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(16, 48)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return torch.softmax(q @ k.transpose(-2, -1) / 4, -1) @ v
+
+
+def test_attention_that_is_written_out_stays_and_the_plan_says_why() -> None:
+    model, x = nn.Sequential(WrittenOut(), nn.Linear(16, 4)), torch.randn(2, 5, 16)
+    plan = octavo.plan(model, "fp8-attention", sample=x)
+    assert plan.decision("0").why == "a product of two activations outside of attention"
+    assert plan.decision("0").site.macs == 2 * 2 * 5 * 5 * 16
+    assert any("operation:attention) matches nothing" in warning for warning in plan.warnings)
 
 
 def encoder(batch_first: bool, **more: Any) -> nn.Module:

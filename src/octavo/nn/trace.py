@@ -189,7 +189,9 @@ def _multihead_macs(module: nn.MultiheadAttention, args: tuple[Any, ...], kwargs
     batch = 1 if query.dim() == 2 else query.shape[0 if module.batch_first else 1]
     macs = {"": 2 * num_queries * (num_keys // batch) * module.embed_dim}
     for name, parameter in module.named_parameters():
-        if name.endswith("weight"):
+        if name == "in_proj_weight":
+            macs["in_proj"] = (num_queries + 2 * num_keys) * parameter.numel() // 3
+        elif name.endswith("weight"):
             tokens = num_keys if name.startswith(("k_", "v_")) else num_queries
             macs[name.removesuffix("_weight").removesuffix(".weight")] = tokens * parameter.numel()
     return macs
