@@ -195,7 +195,7 @@ class WeightQuantizer(Quantizer):
         plain = fmt.scale is not None and fmt.scale.is_plain
         super().__init__(name, spec, fmt.granularity.scale_shape(view.matrix_shape) if plain else None)
         self.view = view
-        self._rounded: tuple[weakref.ref[Tensor], tuple[int, ...], Tensor] | None = None
+        self._rounded: tuple[weakref.ref[Tensor], tuple[object, ...], Tensor] | None = None
 
     def forward(self, weight: Tensor) -> Tensor:
         """``weight`` rounded, in its own shape and dtype."""
@@ -203,13 +203,13 @@ class WeightQuantizer(Quantizer):
             return weight
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and weight.requires_grad):
             return self._round(weight)
-        version = tuple(-1 if t is None or t.is_inference() else t._version for t in (weight, self.scale))
+        state = _state(weight), _state(self.scale)
         known = self._rounded
-        if known is not None and known[0]() is weight and known[1] == version and known[2].device == weight.device:
+        if known is not None and known[0]() is weight and known[1] == state:
             return known[2]
         with torch.inference_mode(False), torch.no_grad():
             rounded = self._round(weight)
-        self._rounded = (weakref.ref(weight), version, rounded)
+        self._rounded = (weakref.ref(weight), state, rounded)
         return rounded
 
     def _round(self, weight: Tensor) -> Tensor:
@@ -243,3 +243,10 @@ class WeightQuantizer(Quantizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_rounded": None}
+
+
+def _state(tensor: Tensor | None) -> tuple[object, ...]:
+    """What differs when a tensor was written to, or another storage, device or dtype was put under it."""
+    if tensor is None:
+        return ()
+    return -1 if tensor.is_inference() else tensor._version, tensor.data_ptr(), tensor.dtype, tensor.device
