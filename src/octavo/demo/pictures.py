@@ -120,7 +120,7 @@ def _draw_thing(canvas: np.ndarray, thing: Thing) -> None:
     period = 3.0 + radius / 3.0
     second = _coverage(TEXTURES[thing.texture](u + shift, v + shift, period))
     colour = np.array(thing.colour, dtype=np.float64) + np.array(thing.shade, dtype=np.float64)
-    tones = colour * (1.0 - 0.5 * second[:, :, None])
+    tones = colour * (1.0 - 0.35 * second[:, :, None])
     _blend(canvas, inside, tones)
 
 

@@ -6,7 +6,7 @@ from functools import partial
 from octavo.demo.captions import caption
 from octavo.demo.dice import Dice
 from octavo.demo.pictures import Scene
-from octavo.demo.sampling import Look, Split, alike_but_one, any_look, one_thing, sample, two_things
+from octavo.demo.sampling import USUAL, Clutter, Look, Split, alike_but_one, any_look, one_thing, sample, two_things
 
 
 def described_scenes(split: Split, name: str) -> Iterator[tuple[Scene, str]]:
@@ -28,7 +28,7 @@ def described_families(split: Split, name: str) -> Iterator[tuple[Scene, str]]:
     """
     dice = Dice(f"{split.value} families, {name}")
     while True:
-        others = [any_look(dice)] if dice.chance(50) else []
+        others = [any_look(dice)] if dice.chance(30) else []
         for look in alike_but_one(dice):
             scene = sample(split, dice, partial(_with_looks, looks=[look, *others]))
             yield scene, caption(scene, dice)
@@ -44,6 +44,6 @@ def _any_one(dice: Dice) -> Scene:
     return one_thing(dice, any_look(dice))
 
 
-def any_two(dice: Dice) -> Scene:
+def any_two(dice: Dice, clutter: Clutter = USUAL) -> Scene:
     """A scene of two objects of any look."""
-    return two_things(dice, any_look(dice), any_look(dice))
+    return two_things(dice, any_look(dice), any_look(dice), clutter)

@@ -11,7 +11,7 @@ import numpy as np
 from octavo.demo.captions import TEMPLATES, caption, full_name, short_name
 from octavo.demo.dice import Dice
 from octavo.demo.pictures import Scene, draw_all
-from octavo.demo.sampling import COLOURS, SHAPES, SIZES, TEXTURE_NAMES, Look, Split, one_thing, sample
+from octavo.demo.sampling import COLOURS, HEAVY, SHAPES, SIZES, TEXTURE_NAMES, Look, Split, one_thing, sample
 from octavo.demo.streams import any_two, described_scenes
 
 _PICTURES_PER_CLASS_100 = 20
@@ -77,13 +77,13 @@ def scenes() -> Pairs:
     dice = Dice("scenes")
     found: dict[str, Scene] = {}
     while len(found) < _NUM_SCENES:
-        scene = sample(Split.TEST, dice, any_two)
+        scene = sample(Split.TEST, dice, lambda dice: any_two(dice, HEAVY))
         found.setdefault(caption(scene, dice), scene)
     return _as_pairs([(scene, words) for words, scene in found.items()])
 
 
 def _test_scene(dice: Dice, look: Look) -> Scene:
-    return sample(Split.TEST, dice, lambda dice: one_thing(dice, look))
+    return sample(Split.TEST, dice, lambda dice: one_thing(dice, look, HEAVY))
 
 
 def _as_pairs(described: list[tuple[Scene, str]]) -> Pairs:

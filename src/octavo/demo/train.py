@@ -44,7 +44,7 @@ class Schedule:
     batch_size: int = 256
     learning_rate: float = 1.5e-3
     warmup_steps: int = 150
-    families_from: int = 200
+    families_from: int = 100
     weight_decay: float = 0.1
     seed: int = 0
 
@@ -56,17 +56,12 @@ class Schedule:
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def train(schedule: Schedule, work: Path, out: Path, start: Path | None = None) -> None:
-    """Trains by ``schedule``, or goes on with what is in ``work``, and writes the model directory ``out``.
-
-    The first weights are arbitrary, or those of the model directory ``start``.
-    """
+def train(schedule: Schedule, work: Path, out: Path) -> None:
+    """Trains by ``schedule``, or goes on with what is in ``work``, and writes the model directory ``out``."""
     torch.manual_seed(schedule.seed)
     torch.set_num_threads(1)
     tokenizer = build_tokenizer()
     model = build_model(tokenizer)
-    if start is not None:
-        _begin_with(model, tokenizer, start)
     run = Run(model, _optimizer(model, schedule), work)
     run.resume()
     batches = DrawnBatches(
@@ -74,18 +69,6 @@ def train(schedule: Schedule, work: Path, out: Path, start: Path | None = None) 
     )
     _learn(run, schedule, batches)
     _publish(run, tokenizer, out)
-
-
-def _begin_with(model: CLIPModel, tokenizer: CLIPTokenizer, start: Path) -> None:
-    """The weights in ``start``; its vocabulary may differ, tokens that both know keep their embedding."""
-    weights = CLIPModel.from_pretrained(start, dtype=torch.float32).state_dict()
-    key = "text_model.embeddings.token_embedding.weight"
-    embedding = model.state_dict()[key].clone()
-    known = CLIPTokenizer.from_pretrained(start).get_vocab()
-    for token, place in tokenizer.get_vocab().items():
-        if token in known:
-            embedding[place] = weights[key][known[token]]
-    model.load_state_dict({**weights, key: embedding})
 
 
 def _learn(run: Run, schedule: Schedule, batches: DrawnBatches) -> None:
@@ -169,7 +152,6 @@ def main() -> None:
     parser.add_argument("--num-steps", type=int, default=usual.num_steps)
     parser.add_argument("--learning-rate", type=float, default=usual.learning_rate)
     parser.add_argument("--families-from", type=int, default=usual.families_from)
-    parser.add_argument("--start", type=Path, help="model directory whose weights are the first ones")
     parser.add_argument("--seed", type=int, default=usual.seed)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -183,7 +165,7 @@ def main() -> None:
             families_from=options.families_from,
             seed=options.seed,
         )
-        train(schedule, options.work, options.out, options.start)
+        train(schedule, options.work, options.out)
 
 
 if __name__ == "__main__":
