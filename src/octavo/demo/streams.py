@@ -37,7 +37,8 @@ def described_families(split: Split, name: str) -> Iterator[tuple[Scene, str]]:
 def _with_looks(dice: Dice, looks: list[Look]) -> Scene:
     if len(looks) == 1:
         return one_thing(dice, *looks)
-    return two_things(dice, *(looks if dice.chance(50) else looks[::-1]))
+    first, second = looks if dice.chance(50) else looks[::-1]
+    return two_things(dice, first, second)
 
 
 def _any_one(dice: Dice) -> Scene:
