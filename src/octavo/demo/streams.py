@@ -36,7 +36,7 @@ def described_families(split: Split, name: str) -> Iterator[tuple[Scene, str]]:
 
 def _with_looks(dice: Dice, looks: list[Look]) -> Scene:
     if len(looks) == 1:
-        return one_thing(dice, *looks)
+        return one_thing(dice, looks[0])
     first, second = looks if dice.chance(50) else looks[::-1]
     return two_things(dice, first, second)
 
