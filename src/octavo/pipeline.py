@@ -182,6 +182,8 @@ def sensitivity(
 ) -> tuple[list[Sensitivity], str]:
     """Every quantizer of ``run`` by what it alone costs, the worst first, and the metric that judged.
 
+    The run's record gets the rows, and the time under ``evaluate``.
+
     Args:
         run: A quantized model.
         task: What to judge by; fidelity needs no labels.
@@ -193,19 +195,23 @@ def sensitivity(
         UserError: the task has no such metric.
     """
     task.check(run.loaded)
-    with run.door.disabled(lambda name: True):
-        reference = task.outputs(run.loaded)
-        known = list(task.evaluate(run.loaded, reference))
-    if metric and metric not in known:
-        raise UserError(f"task '{task.name}' has no metric '{metric}'; it has {', '.join(known)}")
-    chosen = metric or ("kl" if "kl" in known else "cosine" if "cosine" in known else known[0])
-    ranked = rank_quantizers(
-        run.door,
-        lambda: task.evaluate(run.loaded, reference)[chosen].value,
-        higher_is_better=chosen not in LOWER_IS_BETTER,
-        only=only,
-        track=track,
-    )
+    clock = Clock(run.record.seconds)
+    with clock.phase("evaluate"):
+        with run.door.disabled(lambda name: True):
+            reference = task.outputs(run.loaded)
+            known = list(task.evaluate(run.loaded, reference))
+        if metric and metric not in known:
+            raise UserError(f"task '{task.name}' has no metric '{metric}'; it has {', '.join(known)}")
+        chosen = metric or ("kl" if "kl" in known else "cosine" if "cosine" in known else known[0])
+        ranked = rank_quantizers(
+            run.door,
+            lambda: task.evaluate(run.loaded, reference)[chosen].value,
+            higher_is_better=chosen not in LOWER_IS_BETTER,
+            only=only,
+            track=track,
+        )
+    rows = _sensitivity_records(run.plan, ranked, chosen)
+    run.record = dataclasses.replace(run.record, sensitivity=rows, seconds=dict(clock.seconds))
     return ranked, chosen
 
 
@@ -214,15 +220,6 @@ def shortened(task: Task, count: int) -> Task:
     if not isinstance(task, Fidelity) or len(task.data) <= count:
         return task
     return dataclasses.replace(task, data=dataclasses.replace(task.data, samples=task.data.samples[:count]))
-
-
-def sensitivity_records(run: Run, ranked: Sequence[Sensitivity], metric: str) -> tuple[SensitivityRecord, ...]:
-    """Rows for a record: quantizer, metric, cost and format."""
-    formats = {name: str(spec) for name, spec in run.plan.quantizers()}
-    return tuple(
-        SensitivityRecord(quantizer=row.quantizer, metric=metric, cost=row.cost, format=formats.get(row.quantizer, ""))
-        for row in ranked
-    )
 
 
 def plan_record(the_plan: Plan, loaded: LoadedModel, leave: Sequence[str], clock: Clock) -> RunRecord:
@@ -514,6 +511,15 @@ def _filled_from_files(run: Run, path: Path) -> nn.Module:
     }
     replace_scales(twin, ranges)
     return twin
+
+
+def _sensitivity_records(the_plan: Plan, ranked: Sequence[Sensitivity], metric: str) -> tuple[SensitivityRecord, ...]:
+    """Rows for a record: quantizer, metric, cost and format."""
+    formats = {name: str(spec) for name, spec in the_plan.quantizers()}
+    return tuple(
+        SensitivityRecord(quantizer=row.quantizer, metric=metric, cost=row.cost, format=formats.get(row.quantizer, ""))
+        for row in ranked
+    )
 
 
 def _measure(

@@ -167,7 +167,7 @@ def test_demo_pairs_are_drawn_as_far_as_they_are_needed():
             '{"text": "a"}\n{"query": "a"}\n',
             "line 2: no 'text', which the first line has; the keys are query",
         ),
-        ("a.jsonl", '{"text": 3}\n', "line 1: 'text' holds a int"),
+        ("a.jsonl", '{"text": 3}\n', "line 1: 'text' holds a value of type int"),
         ("a.jsonl", '{"image": "no.png"}\n', r"line 1: no picture .*no.png; paths are relative to the file"),
         ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "a", "label": "x"}', "line 1: the label 1 is neither"),
         ("a.jsonl", '{"text": "a", "label": 1.5}\n', "line 1: the label 1.5 is neither"),

@@ -90,7 +90,7 @@ def _run(screen: Screen, place: Path, samples: int, device: str, *, is_kept: boo
     result = pipeline.verify(checkpoint, left, [next(iter(data or ()))], track=screen.track)
     screen.show(f"\n[bold]4. Files[/]: {_sizes(left)}")
     screen.show(verification_view(result.to_json_object(), "modelopt checkpoint"))
-    total = sum(clock.seconds.values()) + sum(second.seconds.values())
+    total = sum(everywhere.record.seconds.values()) + sum(left.record.seconds.values())
     screen.show(f"\n{seconds_text(total)} in all" + (f"; runs kept in {place}" if is_kept else ""))
     screen.emit(runs_to_json_object(runs))
     if not result.agrees:
@@ -112,8 +112,7 @@ def _write(run: pipeline.Run, path: Path, clock: Clock, *, is_kept: bool) -> Non
 
 def _show_sensitivity(screen: Screen, run: pipeline.Run, order: work.Order) -> None:
     judge = pipeline.shortened(parse_task("fidelity:demo:calibration", work.task_options(order)), _NUM_JUDGES)
-    ranked, metric = pipeline.sensitivity(run, judge, track=screen.track)
-    run.record = dataclasses.replace(run.record, sensitivity=pipeline.sensitivity_records(run, ranked, metric))
+    ranked, _ = pipeline.sensitivity(run, judge, track=screen.track)
     screen.show(f"\n[bold]2. The {_NUM_WORST} most sensitive quantizers[/], each alone, on {_NUM_JUDGES} pairs\n")
     screen.show(sensitivity_table(run.record.sensitivity, most=_NUM_WORST))
     screen.show(f"\nto leave them out:  {leave_hint([row.quantizer for row in ranked[:_NUM_WORST]])}")

@@ -108,14 +108,13 @@ def sensitivity(
         judge = pipeline.shortened(judge, judge_samples)
     wanted = Wanted(only)
     run = quantized(order, screen.track, on_plan=wanted.look, judge=judge)
-    ranked, chosen = pipeline.sensitivity(
+    ranked, _ = pipeline.sensitivity(
         run, judge, metric=metric, only=lambda name: name in wanted.names, track=screen.track
     )
-    record = dataclasses.replace(run.record, sensitivity=pipeline.sensitivity_records(run, ranked, chosen))
-    screen.show(sensitivity_table(record.sensitivity, most=top))
+    screen.show(sensitivity_table(run.record.sensitivity, most=top))
     worst = [row.quantizer for row in ranked[:top] if row.cost > 0]
     screen.say(f"\nto leave them out:  {leave_hint(worst)}" if worst else "\nno quantizer costs anything here")
-    screen.emit(record.to_json_object())
+    screen.emit(run.record.to_json_object())
 
 
 def verify(

@@ -61,7 +61,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
     if not isinstance(data, dict):
-        raise UserError(f"{path} holds a {type(data).__name__} where an object was expected")
+        raise UserError(f"{path} holds a value of type {type(data).__name__} where an object was expected")
     return data
 
 

@@ -71,7 +71,7 @@ def read_object(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(data, dict):
-        raise UserError(f"{path} holds a {type(data).__name__} where an object was expected")
+        raise UserError(f"{path} holds a value of type {type(data).__name__} where an object was expected")
     return data
 
 

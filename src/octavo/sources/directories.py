@@ -50,7 +50,9 @@ def read_config(directory: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(config, dict):
-        raise UserError(f"{path} holds a {type(config).__name__}, and a model's configuration is an object")
+        raise UserError(
+            f"{path} holds a value of type {type(config).__name__}, and a model's configuration is an object"
+        )
     _check_not_quantized(directory, config)
     return config
 

@@ -115,7 +115,7 @@ def _value(key: str, value: Any, class_names: tuple[str, ...] | None, base: Path
             raise UserError(f"{place}: the label {value!r} is neither a number as the others nor a name as the others")
         return value
     if not isinstance(value, str):
-        raise UserError(f"{place}: '{key}' holds a {type(value).__name__}, and a text is needed")
+        raise UserError(f"{place}: '{key}' holds a value of type {type(value).__name__}, and a text is needed")
     if key != "image":
         return value
     path = base / value
