@@ -172,7 +172,7 @@ class Halved(nn.Linear):
 
 
 OBSTACLES: dict[str, Any] = {
-    "own forward": (lambda: Halved(8, 8), "Halved derives from Linear and has a forward of its own.*octavo.register"),
+    "own forward": (lambda: Halved(8, 8), "Halved derives from Linear, with its own forward.*octavo.register"),
     "parametrization": (lambda: torch.nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), "parametrization"),
     "spectral": (lambda: torch.nn.utils.spectral_norm(nn.Linear(8, 8)), "parametrization"),
 }

@@ -194,7 +194,7 @@ def obstacle(module: nn.Module, kind: LayerKind) -> str:
         own = getattr(type(module), "octavo_original", type(module))
         if own.forward is not base.forward:
             name = own.__name__
-            return f"{name} derives from {base.__name__} and has a forward of its own: hand in its counterpart with octavo.register"
+            return f"{name} derives from {base.__name__}, with its own forward: hand in its counterpart with octavo.register"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "an embedding with max_norm changes its weight during the forward"
     if "weight" not in module._parameters:
