@@ -193,8 +193,8 @@ def obstacle(module: nn.Module, kind: LayerKind) -> str:
         base = next(base for base, known in LAYER_KINDS.items() if known is kind)
         own = getattr(type(module), "octavo_original", type(module))
         if own.forward is not base.forward:
-            name = own.__name__
-            return f"{name} derives from {base.__name__}, with its own forward: hand in its counterpart with octavo.register"
+            names = f"{own.__name__} derives from {base.__name__}"
+            return f"{names}, with its own forward: hand in its counterpart with octavo.register"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "an embedding with max_norm changes its weight during the forward"
     if "weight" not in module._parameters:
