@@ -2,45 +2,187 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-from octavo.numerics.observers import Observer
+from octavo.numerics.qtensor import QTensor
 from octavo.numerics.snapshot import Snapshot
+from octavo.numerics.statistics import InputStatistics, Need
 from octavo.spec.facts import ModelFacts
-from octavo.spec.plan import Plan
+from octavo.spec.plan import Plan, QuantizerSpec
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fold:
+    """Where a factor for every input channel can be moved to, so that nothing is left of it at run time.
+
+    Multiplying the producer's channels and dividing the readers' weight columns, or the reverse, leaves the block's
+    function as it is.
+
+    Args:
+        producer: Name of the norm or layer that makes the tensor.
+        sources: ``(num_channels,)`` int64: which of the producer's channels feeds each channel that is read. Grouped
+            queries read a channel of the values several times.
+    """
+
+    producer: str
+    sources: Tensor
+
+    def tie(self, scale: Tensor) -> Tensor:
+        """``scale`` with the geometric mean over all channels that are fed by one; only such a scale can be folded."""
+        size = int(self.sources.max()) + 1
+        sums = scale.new_zeros(size).index_add_(0, self.sources, scale.log())
+        counts = scale.new_zeros(size).index_add_(0, self.sources, torch.ones_like(scale))
+        return (sums / counts.clamp(min=1)).exp()[self.sources]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class InputGroup:
+    """Layers that read the same tensor, so that they must agree on what is done to it.
+
+    Args:
+        layers: Site names in the order of the forward pass; a layer that reads alone is a group of one.
+        num_channels: Channels of the tensor: ``in_features`` of a linear layer.
+        fold: Where a factor can be folded; ``None`` where it has to stay at the layers as ``pre_scale``.
+        columns: ``(in_features,)`` int64, the channel that each column of the weights meets; ``None`` when column ``k``
+            meets channel ``k``. A convolution has one column for every position of its kernel.
+    """
+
+    layers: tuple[str, ...]
+    num_channels: int
+    fold: Fold | None = None
+    columns: Tensor | None = None
+
+    def tie(self, scale: Tensor) -> Tensor:
+        """``scale`` as it can be used: one that is folded is the same wherever one producer channel is read."""
+        return scale if self.fold is None else self.fold.tie(scale)
+
+    def per_column(self, scale: Tensor) -> Tensor:
+        """``(num_channels,)`` values as ``(in_features,)``."""
+        return scale if self.columns is None else scale[self.columns]
 
 
 class Block(Protocol):
-    """A part of a model with weights, as algorithms see it."""
+    """A part of a model, and the only thing an algorithm sees.
+
+    Weights are ``(..., out_features, in_features)``; layers are named by their site. Until the block is settled its
+    forward is in full precision: quantizers pass values through, and what algorithms wrote is in effect.
+    """
 
     name: str
 
     def layers(self) -> Sequence[str]:
-        """Site names of the layers inside, in the order of the forward pass."""
+        """Layers whose weight gets a quantizer, in the order of the forward pass."""
         ...
 
     def read_weight(self, layer: str) -> Tensor:
-        """``(..., out_features, in_features)`` view of a layer's weight."""
+        """``(..., out_features, in_features)`` view of a layer's weight as it is now; not to be written to."""
         ...
 
     def write_weight(self, layer: str, value: Tensor) -> None:
         """Replace a layer's weight; shape and dtype stay."""
         ...
 
-    def observers(self) -> Mapping[str, Observer]:
-        """Quantizer name -> what it has collected (static activation quantizers only)."""
+    def read_bias(self, layer: str) -> Tensor | None:
+        """``(out_features,)``, or ``None`` for a layer without."""
         ...
 
-    def groups(self) -> Sequence[Sequence[str]]:
-        """Layers that read the same tensor."""
+    def write_bias(self, layer: str, value: Tensor) -> None:
+        """Replace a bias that is there."""
         ...
 
-    def run(self, inputs: Any) -> Any:
-        """The block's forward."""
+    def weight_spec(self, layer: str) -> QuantizerSpec:
+        """What the plan gives the weight."""
+        ...
+
+    def input_spec(self, layer: str) -> QuantizerSpec | None:
+        """What the plan gives the input, ``None`` for nothing."""
+        ...
+
+    def groups(self) -> Sequence[InputGroup]:
+        """Every layer of ``layers()``, in exactly one group."""
+        ...
+
+    def statistics(self, layer: str) -> InputStatistics:
+        """Of what the weight meets now: what was gathered, with every scale and rotation set since taken into account.
+
+        Layers of one group share them.
+        """
+        ...
+
+    def fix_weight(self, layer: str, value: QTensor) -> None:
+        """The layer's weight from now on: exactly these codes and scales, in simulation and in files."""
+        ...
+
+    def set_pre_scale(self, group: InputGroup, scale: Tensor) -> None:
+        """Divide the tensor that a group reads by ``scale``, and multiply the columns of its weights by it.
+
+        Folded into the producer where the group has one, else kept at the layers. Several calls multiply.
+
+        Args:
+            scale: ``(num_channels,)``, positive and finite.
+
+        Raises:
+            UserError: a weight is fixed already, or the scale is not positive and finite.
+        """
+        ...
+
+    def set_input_rotation(self, group: InputGroup, block_size: int) -> None:
+        """Rotate the tensor that a group reads, when it is computed with, and its weights' columns to match.
+
+        The rotation is a Hadamard matrix, divided by the root of its size, on every ``block_size`` neighbours.
+
+        Raises:
+            UserError: the size does not divide the channels or has no Hadamard matrix, or a weight is fixed already.
+        """
+        ...
+
+    def set_low_rank(self, layer: str, a: Tensor, b: Tensor) -> None:
+        """Add ``x @ a.T @ b.T`` to a layer's output; ``x`` is its input after scale and rotation, before rounding.
+
+        Args:
+            a: ``(rank, in_features)``.
+            b: ``(out_features, rank)``.
+        """
+        ...
+
+    def inputs(self) -> Iterable[Any]:
+        """What ``run`` takes, batch by batch; their content is the block's own business."""
+        ...
+
+    def targets(self) -> Iterable[Sequence[Tensor]]:
+        """The block's outputs in full precision for each of ``inputs``. Needs ``OUTPUTS``."""
+        ...
+
+    def run(self, inputs: Any, weights: Mapping[str, Tensor] | None = None) -> Sequence[Tensor]:
+        """The block's forward on one batch: every floating tensor that it returns.
+
+        Args:
+            inputs: One of ``inputs()``.
+            weights: Layer -> weight to compute with instead of its own; gradients reach them.
+        """
+        ...
+
+    def gather(self, needs: frozenset[Need]) -> None:
+        """One pass in full precision over ``inputs``, which gathers all statistics and ranges."""
+        ...
+
+    def settle(self) -> None:
+        """Give every quantizer its range and start rounding; what was not fixed is rounded to nearest."""
+        ...
+
+    def advance(self) -> float | None:
+        """Hand outputs on to what comes next, by one pass where none are known yet.
+
+        Returns:
+            Squared error of the simulated outputs over the squares of the full-precision ones; ``None`` where no output
+            was simulated, because what comes next gets full-precision inputs or nothing comes next.
+        """
         ...
 
 
@@ -77,10 +219,6 @@ class Door(Protocol):
 
     def disabled(self, names: Callable[[str], bool]) -> AbstractContextManager[None]:
         """While open, the quantizers whose name satisfies ``names`` pass values through."""
-        ...
-
-    def blocks(self) -> Iterator[Block]:
-        """Parts in the order of the forward pass."""
         ...
 
     def snapshot(self) -> Snapshot:

@@ -38,7 +38,10 @@ class LayerSnapshot:
         weight_shape: Shape of the parameter in the state dict (a convolution's four axes, say).
         is_transposed: The parameter is stored ``(in_features, out_features)`` (transformers' Conv1D).
         activations: Activation quantizers by slot.
-        pre_scale: ``(in_features,)`` vector that divides the input, ``None`` for none.
+        pre_scale: ``(num_channels,)`` vector that divides the input, ``None`` for none.
+        input_rotation: Block size of the Hadamard rotation of the input after that, 0 for none.
+        low_rank: ``a`` ``(rank, in_features)`` and ``b`` ``(out_features, rank)``: ``x @ a.T @ b.T`` is added to the
+            output, where ``x`` is the input after scale and rotation, before rounding. ``None`` for none.
         fusion_group: Sites that read the same input carry the same non-empty name.
     """
 
@@ -50,6 +53,8 @@ class LayerSnapshot:
     is_transposed: bool = False
     activations: Mapping[Slot, ActivationScale] = field(default_factory=dict)
     pre_scale: Tensor | None = None
+    input_rotation: int = 0
+    low_rank: tuple[Tensor, Tensor] | None = None
     fusion_group: str = ""
 
 

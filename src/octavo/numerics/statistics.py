@@ -1,0 +1,176 @@
+"""What algorithms may know of a layer's input: sums over every row that reached it, gathered in one pass.
+
+A *row* is one vector that meets the weight: a token of a linear layer, an unfolded patch of a convolution.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from octavo.numerics.histogram import NotFiniteError
+
+
+class Need(Enum):
+    """What an algorithm asks to be gathered; each costs time, so only what some step asks for is."""
+
+    RANGE = "range"  # smallest and largest value of every channel; always there
+    MEAN = "mean"  # mean of every channel
+    MEAN_SQUARE = "mean_square"  # mean of the squares of every channel
+    GRAM = "gram"  # X^T X
+    CROSS = "cross"  # X_full^T X, where X_full came by the unquantized path and X by the quantized one
+    OUTPUTS = "outputs"  # the block's unquantized outputs are kept
+
+
+@dataclass(frozen=True, slots=True)
+class InputStatistics:
+    """Sums over the rows ``x`` that a layer read. ``None`` for what nobody asked for.
+
+    Args:
+        count: Number of rows.
+        low: ``(in_features,)`` smallest value of every channel.
+        high: ``(in_features,)`` largest value.
+        total: ``(in_features,)`` sum of every channel.
+        squares: ``(in_features,)`` sum of the squares of every channel.
+        gram: ``(in_features, in_features)`` sum of ``x^T x``, fp32.
+        cross: ``(in_features, in_features)`` sum of ``x_full^T x``, fp32; row: channel on the unquantized path.
+    """
+
+    count: int
+    low: Tensor | None = None
+    high: Tensor | None = None
+    total: Tensor | None = None
+    squares: Tensor | None = None
+    gram: Tensor | None = None
+    cross: Tensor | None = None
+
+    @property
+    def amax(self) -> Tensor:
+        """``(in_features,)`` largest absolute value of every channel."""
+        assert self.low is not None, "not known after a rotation"
+        assert self.high is not None
+        return torch.maximum(-self.low, self.high).clamp(min=0)
+
+    @property
+    def mean(self) -> Tensor:
+        """``(in_features,)`` mean of every channel. Needs ``MEAN``."""
+        assert self.total is not None, "MEAN was not asked for"
+        return self.total / max(1, self.count)
+
+    @property
+    def mean_square(self) -> Tensor:
+        """``(in_features,)`` mean square of every channel. Needs ``MEAN_SQUARE`` or ``GRAM``."""
+        squares = self.gram.diagonal() if self.squares is None and self.gram is not None else self.squares
+        assert squares is not None, "neither MEAN_SQUARE nor GRAM was asked for"
+        return squares / max(1, self.count)
+
+    def divided_by(self, scale: Tensor) -> InputStatistics:
+        """The statistics of ``x / scale``; ``scale`` is ``(in_features,)`` and positive. Exact up to rounding."""
+        inverse = 1.0 / scale.float()
+
+        def row(part: Tensor | None, factor: Tensor) -> Tensor | None:
+            return None if part is None else part * factor
+
+        def both(part: Tensor | None) -> Tensor | None:
+            return None if part is None else part * inverse.unsqueeze(1) * inverse
+
+        return dataclasses.replace(
+            self,
+            low=row(self.low, inverse),
+            high=row(self.high, inverse),
+            total=row(self.total, inverse),
+            squares=row(self.squares, inverse.square()),
+            gram=both(self.gram),
+            cross=both(self.cross),
+        )
+
+    def turned(self, turn: Callable[[Tensor], Tensor]) -> InputStatistics:
+        """The statistics of ``turn(x)``, which multiplies the last axis by an orthogonal matrix.
+
+        Ranges are not known after a rotation; sums of squares are where there is a Gram matrix.
+        """
+
+        def both(part: Tensor | None) -> Tensor | None:
+            return None if part is None else turn(turn(part).T.contiguous()).T
+
+        total = None if self.total is None else turn(self.total)
+        return InputStatistics(self.count, total=total, gram=both(self.gram), cross=both(self.cross))
+
+
+class Gatherer:
+    """Takes in rows, a few at a time, and sums what was asked for. Sums are fp32.
+
+    Args:
+        needs: What to gather.
+    """
+
+    def __init__(self, needs: Iterable[Need]) -> None:
+        self.needs = frozenset(needs)
+        self._parts: dict[str, Tensor] = {}
+        self.count = 0
+
+    def update(self, rows: Tensor, full: Tensor | None = None) -> None:
+        """Take in ``(num_rows, in_features)`` of any float dtype, and the same rows from the unquantized path.
+
+        Raises:
+            NotFiniteError: NaN or inf among them; nothing of them was taken in.
+        """
+        if not rows.numel():
+            return
+        rows = rows.detach().float()
+        low, high = rows.aminmax(dim=0)
+        if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
+            raise NotFiniteError("the input holds NaN or inf")
+        self.count += rows.shape[0]
+        self._extreme("low", low, torch.minimum)
+        self._extreme("high", high, torch.maximum)
+        if Need.MEAN in self.needs:
+            self._add("total", rows.sum(0))
+        if Need.GRAM in self.needs:
+            add_gram(self._zeros("gram", rows), rows)
+        elif Need.MEAN_SQUARE in self.needs:
+            self._add("squares", torch.einsum("ri,ri->i", rows, rows))
+        if Need.CROSS in self.needs:
+            assert full is not None, "CROSS needs the rows of the unquantized path"
+            self._zeros("cross", rows).addmm_(full.detach().float().T, rows)
+
+    def statistics(self) -> InputStatistics:
+        """Everything so far."""
+        parts = dict(self._parts)
+        gram = parts.get("gram")
+        if gram is not None:
+            parts["gram"] = gram.triu() + gram.triu(1).T
+        return InputStatistics(self.count, **parts)
+
+    def _extreme(self, name: str, value: Tensor, choose: Callable[[Tensor, Tensor], Tensor]) -> None:
+        known = self._parts.get(name)
+        self._parts[name] = value if known is None else choose(known, value)
+
+    def _add(self, name: str, value: Tensor) -> None:
+        known = self._parts.get(name)
+        self._parts[name] = value if known is None else known.add_(value)
+
+    def _zeros(self, name: str, rows: Tensor) -> Tensor:
+        if name not in self._parts:
+            self._parts[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
+        return self._parts[name]
+
+
+def add_gram(gram: Tensor, rows: Tensor, *, strip: int = 256) -> None:
+    """Add ``rows^T rows`` to the upper triangle of ``gram``, in place; below it are partial sums of no meaning.
+
+    Symmetry saves up to half of the multiply-adds: each strip of columns meets only itself and those after it.
+
+    Args:
+        gram: ``(in_features, in_features)``.
+        rows: ``(num_rows, in_features)``, of the same dtype.
+        strip: Columns at a time.
+    """
+    for first in range(0, rows.shape[1], strip):
+        last = min(first + strip, rows.shape[1])
+        gram[first:last, first:].addmm_(rows[:, first:last].T, rows[:, first:])

@@ -1,0 +1,142 @@
+"""Steps of a recipe: algorithms in a stated order, with their options. Pure data.
+
+In a recipe file::
+
+    steps:
+      - smoothquant: {alpha: 0.6}
+      - gptq: {damping: 0.02}
+        select: "*.mlp.*"           # only these layers; without it, every layer whose weight is quantized
+      - gptq                        # all options as they are by default
+
+To add a step, add a class here and a line in ``STEPS``, and its adapter in ``octavo.algorithms``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from octavo.errors import UserError
+from octavo.spec.rule import nearest_of
+from octavo.spec.select import parse_pattern
+
+Number = int | float
+
+
+class Options(BaseModel):
+    """Options of one kind of step; the class's docstring is what users are told."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: ClassVar[str] = ""
+
+
+class SmoothQuant(Options):
+    """Moves outliers of a layer's input into its weight, channel by channel (arXiv:2211.10438)."""
+
+    name: ClassVar[str] = "smoothquant"
+    alpha: Annotated[float, Field(ge=0, le=1)] | Literal["search"] = 0.5
+
+
+class Gptq(Options):
+    """Rounds a weight column by column, and each time lets the columns that are left make up for it (arXiv:2210.17323).
+
+    ``act_order`` starts with the columns whose inputs are largest; groups stay where they are.
+    """
+
+    name: ClassVar[str] = "gptq"
+    damping: float = Field(default=0.01, gt=0, le=1)
+    act_order: bool = True
+    block_size: int = Field(default=128, ge=1)
+
+
+STEPS: dict[str, type[Options]] = {cls.name: cls for cls in (SmoothQuant, Gptq)}
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step: its options, and the layers it is for (patterns on site names; empty: all).
+
+    >>> make_step("smoothquant", {"alpha": 0.7}).options
+    SmoothQuant(alpha=0.7)
+    """
+
+    options: Options
+    select: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What recipes call it."""
+        return self.options.name
+
+    def __str__(self) -> str:
+        return self.name + (f" on {', '.join(self.select)}" if self.select else "")
+
+    def to_yaml_value(self) -> str | dict[str, Any]:
+        """The shortest way to write it in a recipe."""
+        given = self.options.model_dump(exclude_defaults=True)
+        if not given and not self.select:
+            return self.name
+        select = {"select": self.select[0] if len(self.select) == 1 else list(self.select)} if self.select else {}
+        return {self.name: given, **select}
+
+
+def make_step(name: str, options: Mapping[str, Any] | None = None, select: tuple[str, ...] = ()) -> Step:
+    """A checked step.
+
+    Raises:
+        UserError: there is no such step, option or pattern; the message names the nearest ones.
+    """
+    cls = STEPS.get(name)
+    if cls is None:
+        raise UserError(f"unknown step {name!r}: {nearest_of(name, STEPS)}steps are {', '.join(STEPS)}")
+    for pattern in select:
+        parse_pattern(pattern)
+    try:
+        return Step(cls(**(options or {})), select)
+    except ValidationError as error:
+        raise UserError(f"step {name}: {_explain(error, cls)}") from error
+
+
+def parse_step(value: object) -> Step:
+    """A step as a recipe file has it: a name, or a mapping of the name to its options, with ``select`` beside it.
+
+    Raises:
+        UserError: it is written in some other way, or ``make_step`` refuses it.
+    """
+    match value:
+        case str():
+            return make_step(value)
+        case dict():
+            rest = {key: entry for key, entry in value.items() if key != "select"}
+            if len(rest) != 1:
+                raise UserError(f"a step is one name with its options, and select beside it; this has {_names(rest)}")
+            ((name, options),) = rest.items()
+            if not isinstance(options, dict | None):
+                raise UserError(f"step {name}: options are a mapping such as {{alpha: 0.5}}, not {options!r}")
+            return make_step(str(name), options, _patterns(value.get("select", [])))
+        case _:
+            raise UserError(f"a step is a name, or a name with options, not {value!r}")
+
+
+def _names(rest: Mapping[object, object]) -> str:
+    return ", ".join(map(repr, rest)) or "none"
+
+
+def _patterns(value: object) -> tuple[str, ...]:
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
+        return tuple(value)
+    raise UserError(f"select takes a pattern or a list of patterns, not {value!r}")
+
+
+def _explain(error: ValidationError, cls: type[Options]) -> str:
+    first = error.errors()[0]
+    option = str(first["loc"][0]) if first["loc"] else ""
+    if first["type"] == "extra_forbidden":
+        known = tuple(cls.model_fields)
+        return f"unknown option {option!r}: {nearest_of(option, known)}options are {', '.join(known) or 'none'}"
+    return f"{option}: {first['msg'][:1].lower()}{first['msg'][1:]}, not {first['input']!r}"
