@@ -2,6 +2,7 @@
 
 A row (the last axis) is one little-endian bit stream: the first code sits in the lowest bits of the first
 byte, and each row is padded with zero bits to whole bytes. Of two 4-bit codes the even column is the low nibble.
+docs/formats/packing.md is the one-page description.
 """
 
 from __future__ import annotations
@@ -30,14 +31,17 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return codes.view(torch.uint8)
     n, (per_cycle, cycle_bytes) = codes.shape[-1], _cycle(bits)
-    filled = pad(codes.view(torch.uint8), (0, -n % per_cycle)).bitwise_and((1 << bits) - 1)
+    filled = pad(codes.view(torch.uint8), (0, -n % per_cycle))
     lanes = filled.reshape(*codes.shape[:-1], filled.shape[-1] // per_cycle, per_cycle)
     out = lanes.new_zeros((*lanes.shape[:-1], cycle_bytes))
+    mask = (1 << bits) - 1
     for lane in range(per_cycle):
         byte, shift = divmod(lane * bits, 8)
-        out[..., byte] |= lanes[..., lane] << shift  # uint8: what does not fit falls off the top
+        # uint8: what does not fit falls off the top, so the lane that ends a byte needs no mask
+        code = lanes[..., lane] if shift + bits == 8 else lanes[..., lane].bitwise_and(mask)
+        out[..., byte] |= code << shift
         if shift + bits > 8:
-            out[..., byte + 1] |= lanes[..., lane] >> (8 - shift)
+            out[..., byte + 1] |= code >> (8 - shift)
     return out.flatten(-2)[..., : math.ceil(n * bits / 8)]
 
 
