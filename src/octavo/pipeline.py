@@ -35,6 +35,7 @@ from octavo.search.sensitivity import Sensitivity, rank_quantizers
 from octavo.sources import LoadedModel, as_batches, describe_module, open_model, open_untrained
 from octavo.sources.example import example_inputs
 from octavo.sources.extras import is_callable_name
+from octavo.spec.coverage import check_coverage
 from octavo.spec.facts import Slot
 from octavo.spec.plan import Plan
 from octavo.spec.recipe import Recipe, load_recipe, read_recipe
@@ -102,6 +103,7 @@ def quantize(
     layouts: Iterable[str] = (),
     target: str = "",
     baseline: Metrics | None = None,
+    require_coverage: float | None = None,
     clock: Clock | None = None,
     track: Track = silent,
     on_plan: Callable[[Plan], None] = lambda the_plan: None,
@@ -118,6 +120,7 @@ def quantize(
         layouts: Checkpoint layouts to be written later; what they cannot hold is refused now.
         target: Where the files will run.
         baseline: What the same tasks said of the unquantized model before (``Run.baseline``).
+        require_coverage: Least share of parameters, 0 to 1, that must get a quantized weight.
         clock: Counts the phases; a new one unless given.
         track: Told of progress.
         on_plan: Told of the plan before any work.
@@ -133,6 +136,8 @@ def quantize(
     with clock.phase("plan"):
         door = _door(loaded, _first(batches) if sample is None and batches is not None else sample)
         the_plan = resolve(the_recipe, door.facts(), target)
+        if require_coverage is not None:
+            check_coverage(the_plan, require_coverage)
         _refuse_early(the_plan, batches, layouts, tasks, loaded)
     on_plan(the_plan)
     with clock.phase("evaluate"):

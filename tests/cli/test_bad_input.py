@@ -263,3 +263,10 @@ def test_a_plan_that_cannot_be_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize("words", [("plan", "bert"), ("frobnicate",), ("quantize", "bert", *FP8, "--samples", "0")])
 def test_an_order_that_is_not_one(words: tuple[str, ...]) -> None:
     assert "octavo" in refused(*words)
+
+
+@pytest.mark.parametrize("words", [("plan", "bert", *FP8), ("quantize", "bert", *CALIBRATED)])
+def test_too_little_coverage_names_the_largest_parts(words: tuple[str, ...]) -> None:
+    message = refused(*words, "--require-coverage", "0.999")
+    assert "less than the required 99.9 %" in message
+    assert "left by default, no rule selects embedding" in message

@@ -61,6 +61,7 @@ def test_a_record_keeps_the_contract_before_anything_ran() -> None:
         "parameters_covered": None,
         "macs_covered": None,
         "num_quantizers": 0,
+        "coverage": [],
     }
 
 

@@ -25,6 +25,7 @@ def plan(
         str | None,
         typer.Option("--data", "-d", metavar="D", help="Shows what the model takes, where its files do not say."),
     ] = None,
+    require_coverage: opt.RequireCoverage = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help="Write the plan as JSON.")] = None,
     device: opt.Device = "cpu",
     dtype: opt.Dtype = None,
@@ -40,6 +41,7 @@ def plan(
     from octavo.cli.work import Order, opened, sample
     from octavo.report.clock import Clock
     from octavo.report.plan_view import plan_listing, plan_view
+    from octavo.spec.coverage import check_coverage
 
     clock = Clock()
     order = Order(model, the_recipe, data=data, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -48,6 +50,8 @@ def plan(
         batch = sample(order, loaded)
     with clock.phase("plan"):
         the_plan = pipeline.plan(loaded, the_recipe, sample=batch)
+    if require_coverage is not None:
+        check_coverage(the_plan, require_coverage)
     if out is not None:
         _write_text(out, the_plan.to_json() + "\n")
     screen.show(plan_listing(the_plan) if everything else plan_view(the_plan))
@@ -66,6 +70,7 @@ def quantize(
     task: opt.Tasks = None,
     leave: opt.Leave = None,
     layout: opt.Layouts = None,
+    require_coverage: opt.RequireCoverage = None,
     observer: opt.Observer = None,
     samples: opt.Samples = None,
     batch_size: opt.BatchSize = None,
@@ -94,6 +99,7 @@ def quantize(
         tasks=tuple(task or ()),
         layouts=tuple(layout or ()),
         out=out,
+        require_coverage=require_coverage,
         samples=samples,
         batch_size=batch_size,
         max_length=max_length,

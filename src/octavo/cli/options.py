@@ -54,6 +54,14 @@ Seed = Annotated[int, typer.Option("--seed", help="Which samples are drawn.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 ...")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32 (default), float16, bfloat16, or auto.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that lies beside the weights.")]
+RequireCoverage = Annotated[
+    float | None,
+    typer.Option(
+        "--require-coverage",
+        metavar="SHARE",
+        help="Fail when a smaller share of the parameters gets a quantized weight: 0.95.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, nothing else there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no tables.")]
 Out = Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The directory to write.")]

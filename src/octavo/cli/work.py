@@ -36,6 +36,7 @@ class Order:
     tasks: tuple[str, ...] = ()
     layouts: tuple[str, ...] = ()
     out: Path | None = None
+    require_coverage: float | None = None
     samples: int | None = None
     batch_size: int | None = None
     max_length: int | None = None
@@ -74,6 +75,7 @@ def quantized(
         data,
         tasks=tasks.values(),
         layouts=order.layouts,
+        require_coverage=order.require_coverage,
         clock=clock,
         track=track,
         on_plan=on_plan,

@@ -13,6 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 from octavo.errors import UserError
 from octavo.nn.attention import ATTENTION_SLOTS
 from octavo.nn.layers import layer_kind, obstacle
+from octavo.nn.reach import with_reach
 from octavo.nn.trace import AttentionCall, Trace, trace
 from octavo.nn.views import WeightView
 from octavo.spec.facts import ModelFacts, SiteFacts, Slot
@@ -59,6 +60,8 @@ def find_sites(model: nn.Module, source: str, run: Callable[[], Any] | None) -> 
     seen = trace(model, run) if run is not None else None
     sites = list(_collect(model, seen))
     sites = _share_inputs(_link_ties(model, sites), seen)
+    if seen is not None:
+        sites = [replace(site, facts=with_reach(site.facts, site.module, seen)) for site in sites]
     facts = ModelFacts(
         model=source,
         type_name=type(model).__name__,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -218,6 +218,15 @@ def _by_function(points: list[CallPoint]) -> tuple[CallPoint, ...]:
     return tuple(chain)
 
 
+def _opened(values: Iterable[Any]) -> Iterator[Any]:
+    """``values`` with what is inside lists and tuples (``torch.cat``)."""
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from value
+        else:
+            yield value
+
+
 class _CallMode(TorchFunctionMode):
     """Sees every torch function: attention calls and products of two activations."""
 
@@ -235,7 +244,7 @@ class _CallMode(TorchFunctionMode):
         sealed = any(isinstance(module, nn.MultiheadAttention) for _, module in self.stack)
         if self.stack and not sealed:
             if isinstance(output, Tensor) or (type(output) is tuple and any(isinstance(t, Tensor) for t in output)):
-                self._parameters((*args, *(kwargs or {}).values()))
+                self._parameters([*_opened(args), *_opened((kwargs or {}).values())])
             if func is F.scaled_dot_product_attention:
                 self._attention(sys._getframe(1), args, kwargs or {}, fused=True)
             elif func in _SOFTMAX:
@@ -244,7 +253,7 @@ class _CallMode(TorchFunctionMode):
                 self._product(args, output)
         return output
 
-    def _parameters(self, values: tuple[Any, ...]) -> None:
+    def _parameters(self, values: Iterable[Any]) -> None:
         running = {id(module) for _, module in self.stack}
         for parameter in values:
             if isinstance(parameter, nn.Parameter):

@@ -25,7 +25,24 @@ def plan_view(plan: Plan) -> RenderableType:
     parts: list[RenderableType] = [_title(plan), _header(widths)]
     for section in sections:
         parts += [section.heading(), section.table(widths), Text()]
-    return Group(*parts, Text(plan_summary(plan), style="bold"), *_notes(plan))
+    return Group(*parts, coverage_table(plan), Text(), Text(plan_summary(plan), style="bold"), *_notes(plan))
+
+
+def coverage_table(plan: Plan) -> Table:
+    """The account: every parameter and multiply-add in exactly one row."""
+    table = Table(box=None, pad_edge=False, header_style="dim", expand=True)
+    table.add_column("coverage", no_wrap=True)
+    table.add_column("", ratio=1)
+    table.add_column("params", justify="right", no_wrap=True)
+    table.add_column("MACs", justify="right", no_wrap=True)
+    rows = plan.coverage()
+    total_macs = max(1, sum(row.macs or 0 for row in rows))
+    for row in rows:
+        if row.num_parameters or row.macs:
+            parameters = share_text(row.num_parameters / max(1, plan.facts.num_parameters))
+            macs = share_text(None if row.macs is None else row.macs / total_macs)
+            table.add_row(row.state.value, Text(row.reason, style="dim"), parameters, macs)
+    return table
 
 
 def plan_listing(plan: Plan) -> RenderableType:

@@ -57,6 +57,7 @@ class SiteFacts:
         tied_to: Name of the site that owns the same parameter, empty for none.
         shares_input_with: Names of sites that read the same tensor.
         obstacle: Why nothing here can be quantized (a subclass with its own forward, ...), empty for none.
+        unreached: The part of the model that did not run on the sample and holds this site; empty when it ran.
     """
 
     name: str
@@ -72,6 +73,7 @@ class SiteFacts:
     tied_to: str = ""
     shares_input_with: tuple[str, ...] = ()
     obstacle: str = ""
+    unreached: str = ""
 
     @property
     def num_weights(self) -> int:

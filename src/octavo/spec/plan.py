@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from octavo.errors import UserError
+from octavo.spec.coverage import CoverageRow, coverage
 from octavo.spec.facts import ModelFacts, SiteFacts, Slot
 from octavo.spec.facts_json import model_from_dict, model_to_dict, site_from_dict, site_to_dict
 from octavo.spec.formats import format_name
@@ -162,7 +163,8 @@ class Plan:
         if not self.facts.was_traced:
             return None
         total = sum(decision.site.macs or 0 for decision in self.decisions)
-        covered = sum(decision.site.macs or 0 for decision in self.decisions if decision.weight is not None)
+        owners = {decision.site.name for decision in self.decisions if decision.weight is not None}
+        covered = sum(d.site.macs or 0 for d in self.decisions if d.site.name in owners or d.site.tied_to in owners)
         return covered / total if total else 0.0
 
     @property
@@ -210,6 +212,10 @@ class Plan:
             for (rule, why), members in groups.items()
         )
 
+    def coverage(self) -> tuple[CoverageRow, ...]:
+        """Every parameter and multiply-add in exactly one row: quantized, left by rule or by default, not reached."""
+        return coverage(self.decisions, was_traced=self.facts.was_traced)
+
     def diff(self, other: Plan) -> tuple[Change, ...]:
         """Quantizers that ``other`` adds, drops or changes."""
         before, after = dict(self.quantizers()), dict(other.quantizers())
@@ -232,7 +238,9 @@ class Plan:
             for decision in self.decisions
         ]
         head = {"schema": PLAN_SCHEMA, "recipe": self.recipe, "target": self.target, "warnings": list(self.warnings)}
-        return json.dumps({**head, "model": model_to_dict(self.facts), "decisions": decisions}, indent=1)
+        account = [row.to_dict() for row in self.coverage()]
+        body = {"model": model_to_dict(self.facts), "coverage": account, "decisions": decisions}
+        return json.dumps({**head, **body}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:

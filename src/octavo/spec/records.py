@@ -59,10 +59,22 @@ class LayerRecord(_Part):
     why: str
 
 
+class CoverageRecord(_Part):
+    """One row of the coverage account: a state, its reason, and how much of the model shares it."""
+
+    state: str
+    reason: str
+    num_parameters: int
+    macs: int | None
+    num_sites: int
+    sites: list[str]
+
+
 class _PlanPart(_Part):
     parameters_covered: float | None = Field(default=None, ge=0, le=1)
     macs_covered: float | None = Field(default=None, ge=0, le=1)
     num_quantizers: int = 0
+    coverage: list[CoverageRecord] = []
 
 
 class _BytesPart(_Part):
@@ -105,6 +117,7 @@ class RunRecord:
         parameters_covered: Share of all parameters with a quantized weight, 0 to 1; ``None`` without a plan.
         macs_covered: Share of all multiply-adds with a quantized weight, 0 to 1; ``None`` when not traced.
         num_quantizers: How many quantizers the plan has.
+        coverage: Every parameter and multiply-add in one of its rows; empty without a plan.
         layers: What each site gets.
         bytes_before: Tensor bytes of the model as it was.
         bytes_after: Tensor bytes in the files, or the plan's estimate where none were written.
@@ -125,6 +138,7 @@ class RunRecord:
     parameters_covered: float | None = None
     macs_covered: float | None = None
     num_quantizers: int = 0
+    coverage: tuple[CoverageRecord, ...] = ()
     layers: tuple[LayerRecord, ...] = ()
     bytes_before: int | None = None
     bytes_after: int | None = None
@@ -147,6 +161,7 @@ class RunRecord:
             parameters_covered=plan.parameters_covered,
             macs_covered=plan.macs_covered,
             num_quantizers=len(plan.quantizers()),
+            coverage=tuple(CoverageRecord(**row.to_dict()) for row in plan.coverage()),
             layers=_layers(plan),
             bytes_before=plan.bytes_before,
             bytes_after=plan.bytes_after,
@@ -165,7 +180,11 @@ class RunRecord:
             "leave": list(self.leave),
             "target": self.target,
             "environment": dict(self.environment),
-            "plan": {**covered, "num_quantizers": self.num_quantizers},
+            "plan": {
+                **covered,
+                "num_quantizers": self.num_quantizers,
+                "coverage": [row.model_dump() for row in self.coverage],
+            },
             "bytes": {"before": self.bytes_before, "after": self.bytes_after},
             "metrics": _finite(metrics),
             "sensitivity": _finite([row.model_dump() for row in self.sensitivity]),
@@ -211,6 +230,7 @@ class RunRecord:
             parameters_covered=run.plan.parameters_covered,
             macs_covered=run.plan.macs_covered,
             num_quantizers=run.plan.num_quantizers,
+            coverage=tuple(run.plan.coverage),
             layers=tuple(run.layers),
             bytes_before=run.bytes.before,
             bytes_after=run.bytes.after,

@@ -38,7 +38,8 @@ def resolve(recipe: Recipe, facts: ModelFacts, target: str = "") -> Plan:
     rules = [_bind(recipe, index, facts) for index in range(len(recipe.rules))]
     decisions = tuple(_decide(site, rules) for site in facts.sites)
     _refuse_misfits(decisions)
-    plan = Plan(facts, recipe.name, decisions, target, tuple(_warnings(rules, facts)))
+    warnings = (*_warnings(rules, facts), *_unreached(decisions))
+    plan = Plan(facts, recipe.name, decisions, target, warnings)
     if not plan.quantizers():
         raise UserError(_nothing_quantized(plan))
     return plan
@@ -192,6 +193,16 @@ def _warnings(rules: Sequence[_BoundRule], facts: ModelFacts) -> list[str]:
         elif all(by_name[name].obstacle for name in bound.reached):
             found.append(f"{what} changes nothing: {by_name[min(bound.reached)].obstacle}")
     return found
+
+
+def _unreached(decisions: Sequence[Decision]) -> list[str]:
+    """Parts that a rule quantizes and the sample did not get to."""
+    found = Counter(d.site.unreached for d in decisions if d.scheme and d.site.unreached)
+    return [
+        f"the sample does not get to '{part}' ({number} site{'s' * (number > 1)}): give data that does, "
+        "or its static input quantizers stay off"
+        for part, number in found.items()
+    ]
 
 
 def _nothing_quantized(plan: Plan) -> str:

@@ -1,0 +1,51 @@
+"""Models of many architectures: nothing uncounted, nothing inert, nothing left behind. ``table.py`` lists them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import octavo
+from octavo.spec.coverage import State
+from zoo.battery import COARSE, anatomy, bits, excused, inert, outputs, same_bits
+from zoo.table import ZOO, made
+
+QUICK = ("llama", "gpt_oss", "bert", "vit", "lstm_tagger")
+NOT_YET = pytest.mark.xfail(strict=True, reason="a parameter in a plain product is not seen yet")
+
+
+def _case(name: str) -> object:
+    marks = [pytest.mark.slow] * (name not in QUICK) + [NOT_YET] * (name == "gcn")
+    return pytest.param(name, marks=marks)
+
+
+every_model = pytest.mark.parametrize("name", list(map(_case, ZOO)))
+
+
+def test_there_are_as_many_architectures_as_promised() -> None:
+    assert len(ZOO) >= 45
+
+
+@every_model
+def test_a_model_is_covered_and_comes_back(name: str) -> None:
+    model, batch = made(name)
+    before, shape, tensors = outputs(model, batch), anatomy(model), bits(model)
+    run = octavo.quantize(model, COARSE, [batch])
+
+    rows = run.plan.coverage()
+    assert sum(row.num_parameters for row in rows) == sum(p.numel() for p in model.parameters())
+    assert sum(row.macs or 0 for row in rows) == sum(d.site.macs or 0 for d in run.plan.decisions)
+    assert all(row.reason for row in rows)
+    assert any(row.state is State.QUANTIZED for row in rows)
+
+    planned, there = {q for q, _ in run.plan.quantizers()}, set(run.door.quantizer_names())
+    told = "\n".join(run.record.warnings)
+    assert all(f"'{quantizer}' stays off" in told for quantizer in planned - there)
+    with run.door.disabled(lambda quantizer: True):
+        assert torch.allclose(outputs(model, batch), before, rtol=1e-4, atol=1e-5)
+    assert [quantizer for quantizer in inert(run.door, batch) if not excused(name, run, quantizer)] == []
+
+    octavo.strip(model)
+    assert anatomy(model) == shape
+    assert same_bits(tensors, bits(model))
+    assert torch.equal(outputs(model, batch), before)
