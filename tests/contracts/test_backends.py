@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from octavo.backends.native import LIBRARY
 from octavo.backends.simulate import BACKENDS, fake_quantize, format_key, range_of
 from octavo.numerics import qtensor
 from octavo.spec.formats import FORMATS, NVFP4
@@ -15,6 +16,11 @@ BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: 
 pairs = pytest.mark.parametrize(
     ("backend", "fmt"), [pytest.param(b, f, id=f"{b.name}-{name}") for b in BACKENDS for name, f in CATALOGUE.items()]
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def every_backend_is_ready() -> None:
+    LIBRARY.wait()
 
 
 def values(dtype: torch.dtype) -> torch.Tensor:

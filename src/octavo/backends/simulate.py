@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from octavo.backends.base import Backend
+from octavo.backends.compiled import CompiledBackend
 from octavo.backends.inplace import InPlaceBackend
 from octavo.numerics import qtensor
 from octavo.numerics.scaling import (
@@ -26,7 +27,7 @@ from octavo.numerics.scaling import (
 )
 from octavo.spec.tensor_format import TensorFormat
 
-BACKENDS: tuple[Backend, ...] = (InPlaceBackend(),)
+BACKENDS: tuple[Backend, ...] = (CompiledBackend(), InPlaceBackend())
 """Tried in order; what none of them takes is computed by ``numerics``."""
 
 _LIBRARY = torch.library.Library("octavo", "DEF")

@@ -42,7 +42,7 @@ def round_owned(y: Tensor, element: ElementFormat) -> Tensor:
         case FloatFormat():
             return _round_float(y, element)
         case CodebookFormat():
-            nearest = torch.bucketize(y.contiguous(), y.new_tensor(_thresholds(element)), out_int32=True)
+            nearest = torch.bucketize(y.contiguous(), y.new_tensor(thresholds(element)), out_int32=True)
             return torch.where(y.isnan(), y, y.new_tensor(element.values)[nearest])
         case _:
             assert_never(element)
@@ -183,7 +183,7 @@ def _magnitude(code: int, element: FloatFormat) -> float:
 
 
 @cache
-def _thresholds(element: CodebookFormat) -> tuple[float, ...]:
+def thresholds(element: CodebookFormat) -> tuple[float, ...]:
     """The largest fp32 that still rounds down, between every two neighbours."""
     return tuple(
         _last_below((low + high) / 2, is_tie_below=index % 2 == 0)
