@@ -15,15 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from benchmarks.data import files
 from benchmarks.machine import describe_machine, one_line
 from benchmarks.peers.call import call_peer
 
 import octavo
-from octavo.evaluate import Options
+from octavo.evaluate import Measure, Options
 from octavo.evaluate.fidelity import Fidelity
-from octavo.evaluate.retrieval import Retrieval
-from octavo.sources import Dataset
+from octavo.evaluate.metrics import ranks, recall_at_k
+from octavo.evaluate.outputs import Outputs, compare
+from octavo.pipeline import compared
+from octavo.sources import Dataset, LoadedModel
 
 Metrics = Mapping[str, Mapping[str, float | None]]
 _PEER = Path(__file__).parents[1] / "peers" / "modelopt_encoder.py"
@@ -48,14 +51,35 @@ RECIPES: dict[str, Goal | None] = {
 }
 
 
-def measure(recipe: str, model: str, test: Dataset, calibration: Dataset) -> dict[str, dict[str, float | None]]:
+class Judge:
+    """The unquantized model's embeddings of all pairs, and what a quantized model makes of them: one pass each."""
+
+    def __init__(self, model: str, test: Dataset) -> None:
+        self.task = Fidelity("fidelity", test, Options())
+        self.reference = self.task.outputs(octavo.open_model(model))
+        self.recalls = recalls(self.reference)
+
+    def judge(self, loaded: LoadedModel) -> dict[str, dict[str, float | None]]:
+        """Metric -> baseline, quantized, standard error."""
+        outputs = self.task.outputs(loaded)
+        before, after = {"": self.recalls}, {"": {**compare(outputs, self.reference), **recalls(outputs)}}
+        return {name: metric.model_dump() for name, metric in compared(before, after)[""].items()}
+
+
+def recalls(outputs: Outputs) -> dict[str, Measure]:
+    """Of rows that are queries and documents in turn, each query's document being the one behind it."""
+    embeddings = torch.cat(outputs.rows)
+    queries, documents = embeddings[::2], embeddings[1::2]
+    own = list(torch.arange(len(queries)).unsqueeze(1))
+    found = {"": ranks(queries, documents, own), "reverse_": ranks(documents, queries, own)}
+    return {f"{side}r_at_{k}": recall_at_k(places, k) for side, places in found.items() for k in (1, 5)}
+
+
+def measure(recipe: str, model: str, judge: Judge, calibration: Dataset) -> dict[str, dict[str, float | None]]:
     """Metric -> baseline, quantized, standard error of one recipe."""
     loaded = octavo.open_model(model)
-    data = octavo.batches(calibration, loaded, batch_size=32)
-    tasks = (Retrieval("retrieval", test, Options()), Fidelity("fidelity", test, Options()))
-    record = octavo.quantize(loaded, recipe, data, tasks=tasks).record
-    found = {**record.metrics["fidelity"], **record.metrics["retrieval"]}
-    return {name: metric.model_dump() for name, metric in found.items()}
+    octavo.quantize(loaded, recipe, octavo.batches(calibration, loaded, batch_size=32))
+    return judge.judge(loaded)
 
 
 def verdict(metrics: Metrics, goal: Goal | None) -> str:
@@ -119,9 +143,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     everything, calibration = octavo.open_data(files.TEST), octavo.open_data(files.CALIBRATION)
     test = Dataset(everything.name, everything.kind, everything.samples[: args.limit])
     results: dict[str, Any] = {}
+    judge = Judge(model, test)
     for recipe in args.recipe or RECIPES:
         print(f"{recipe} ...", file=sys.stderr)
-        metrics = measure(recipe, model, test, calibration)
+        metrics = measure(recipe, model, judge, calibration)
         results[f"octavo {recipe}"] = {"metrics": metrics, "goal": verdict(metrics, RECIPES[recipe])}
     if args.peer_python:
         results |= _peer_results(args, model)
