@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from octavo.nn.extras import INPUT_TRANSFORM, LOW_RANK
 from octavo.nn.views import WeightView
 from octavo.spec.facts import QUANTIZER_NAMES, Slot
 
@@ -22,9 +23,29 @@ _LINEAR_SLOTS = (Slot.WEIGHT, Slot.INPUT, Slot.OUTPUT)
 
 
 def through(module: nn.Module, slot: Slot, x: Tensor) -> Tensor:
-    """``x`` through the quantizer of ``slot`` that is a child of ``module``, if it has one."""
+    """``x`` through the quantizer of ``slot`` that is a child of ``module``, if it has one.
+
+    An input is scaled and rotated first, where an algorithm asked for that.
+    """
+    return rounded(module, slot, transformed(module, x) if slot is Slot.INPUT else x)
+
+
+def transformed(module: nn.Module, x: Tensor) -> Tensor:
+    """An input as ``module`` computes with it, before rounding."""
+    transform = module._modules.get(INPUT_TRANSFORM)
+    return x if transform is None else transform(x)
+
+
+def rounded(module: nn.Module, slot: Slot, x: Tensor) -> Tensor:
+    """``x`` through a quantizer only."""
     quantizer = module._modules.get(QUANTIZER_NAMES[slot])
     return x if quantizer is None else quantizer(x)
+
+
+def with_low_rank(module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """``y``, and what ``module``'s low-rank branch makes of its input ``x``, if it has one."""
+    branch = module._modules.get(LOW_RANK)
+    return y if branch is None else y + branch(x)
 
 
 class _Quantized(nn.Module):
@@ -41,8 +62,9 @@ class QuantLinear(_Quantized, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """As ``nn.Linear``."""
-        y = F.linear(through(self, Slot.INPUT, input), self._weight(), self.bias)
-        return through(self, Slot.OUTPUT, y)
+        x = transformed(self, input)
+        y = F.linear(rounded(self, Slot.INPUT, x), self._weight(), self.bias)
+        return through(self, Slot.OUTPUT, with_low_rank(self, x, y))
 
 
 class _QuantConv(_Quantized):
@@ -115,9 +137,10 @@ class QuantTransposedLinear(_Quantized):
 
     def forward(self, x: Tensor) -> Tensor:
         """As transformers' ``Conv1D``."""
-        flat = through(self, Slot.INPUT, x).reshape(-1, x.size(-1))
+        x = transformed(self, x)
+        flat = rounded(self, Slot.INPUT, x).reshape(-1, x.size(-1))
         y = torch.addmm(self.bias, flat, self._weight()).view(*x.shape[:-1], self.nf)
-        return through(self, Slot.OUTPUT, y)
+        return through(self, Slot.OUTPUT, with_low_rank(self, x, y))
 
 
 class QuantNorm(nn.Module):

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
+from octavo.nn.extras import INPUT_TRANSFORM, LOW_RANK, InputTransform, LowRank
 from octavo.nn.layers import layer_kind
 from octavo.nn.quantizer import ActivationQuantizer, Mode, Quantizer, WeightQuantizer
 from octavo.numerics.snapshot import ActivationScale, LayerSnapshot
@@ -46,6 +47,7 @@ class TorchSnapshot:
         operation = kind.operation if kind is not None else "linear" if weight_quantizer else "attention"
         if not isinstance(weight_quantizer, WeightQuantizer):
             return LayerSnapshot(site, operation, activations=activations, fusion_group=group)
+        transform, branch = holder._modules.get(INPUT_TRANSFORM), holder._modules.get(LOW_RANK)
         key = weight_key(path, holder)
         return LayerSnapshot(
             site,
@@ -55,6 +57,9 @@ class TorchSnapshot:
             weight_shape=weight_quantizer.view.shape,
             is_transposed=weight_quantizer.view.is_transposed,
             activations=activations,
+            pre_scale=transform.pre_scale if isinstance(transform, InputTransform) else None,
+            input_rotation=transform.rotation if isinstance(transform, InputTransform) else 0,
+            low_rank=(branch.a, branch.b) if isinstance(branch, LowRank) else None,
             fusion_group=group,
         )
 
@@ -70,19 +75,26 @@ class TorchSnapshot:
     def passthrough(self) -> Iterator[tuple[str, Tensor]]:
         """See ``Snapshot.passthrough``."""
         quantized = self.quantized_keys()
-        prefixes = tuple(f"{path}." for path, m in self.model.named_modules() if isinstance(m, Quantizer))
-        for key, tensor in self.model.state_dict().items():
-            if key not in quantized and key not in self._aliases and not (prefixes and key.startswith(prefixes)):
+        for key, tensor in self._own_entries(keep_vars=False):
+            if key not in quantized and key not in self._aliases:
                 yield key, tensor
 
     def tied(self) -> Mapping[str, str]:
         """See ``Snapshot.tied``."""
         return self._aliases
 
+    def _own_entries(self, *, keep_vars: bool) -> Iterator[tuple[str, Tensor]]:
+        """State-dict entries that the model had before it was quantized."""
+        modules = self.model.named_modules(remove_duplicate=False)
+        prefixes = tuple(f"{path}." for path, m in modules if isinstance(m, (Quantizer, InputTransform, LowRank)))
+        for key, tensor in self.model.state_dict(keep_vars=keep_vars).items():
+            if not key.startswith(prefixes):
+                yield key, tensor
+
     def _find_aliases(self) -> dict[str, str]:
         owners: dict[int, str] = {}
         aliases: dict[str, str] = {}
-        for key, tensor in self.model.state_dict(keep_vars=True).items():
+        for key, tensor in self._own_entries(keep_vars=True):
             owner = owners.setdefault(id(tensor), key)
             if owner != key:
                 aliases[key] = owner

@@ -14,6 +14,7 @@ from torch import nn
 
 from octavo.errors import UserError
 from octavo.nn.attention import QuantMultiheadAttention, attention_class, child_name
+from octavo.nn.extras import InputTransform, LowRank
 from octavo.nn.layers import layer_kind, quantized_class
 from octavo.nn.quantizer import ActivationQuantizer, Quantizer, SharedInput, WeightQuantizer, new_observer
 from octavo.nn.rewrite import NoSourceError
@@ -22,6 +23,7 @@ from octavo.spec.facts import QUANTIZER_NAMES, Slot
 from octavo.spec.plan import Decision, Plan
 
 _MARK = "octavo_original"
+_OURS = (Quantizer, InputTransform, LowRank)
 
 
 def insert(model: nn.Module, plan: Plan, sites: Mapping[str, Site]) -> None:
@@ -174,7 +176,7 @@ def strip(model: nn.Module) -> None:
         )
     for module in list(model.modules()):
         for name, child in list(module._modules.items()):
-            if isinstance(child, Quantizer) or (child is not None and _is_holder(child)):
+            if isinstance(child, _OURS) or (child is not None and _is_holder(child)):
                 del module._modules[name]
         original = vars(type(module)).get(_MARK)
         if original is not None:
@@ -184,7 +186,7 @@ def strip(model: nn.Module) -> None:
 
 def _is_holder(child: nn.Module) -> bool:
     """A plain module that was made to hold quantizers."""
-    return type(child) is nn.Module and all(isinstance(m, Quantizer) for m in child._modules.values())
+    return type(child) is nn.Module and all(isinstance(m, _OURS) for m in child._modules.values())
 
 
 def quantizers(model: nn.Module) -> Iterator[Quantizer]:

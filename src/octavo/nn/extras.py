@@ -1,0 +1,112 @@
+"""What algorithms put beside a layer's quantizers: what is done to its input, and a low-rank branch.
+
+Both are child modules of the layer, like its quantizers; layers that read the same tensor hold the same
+``InputTransform``, which computes once for all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from octavo.nn.quantizer import Mode, SharedInput
+from octavo.numerics.rotation import hadamard
+
+INPUT_TRANSFORM = "input_transform"
+LOW_RANK = "low_rank"
+
+
+class InputTransform(nn.Module):
+    """Divides a layer's input by a vector, then rotates it.
+
+    Args:
+        num_channels: Channels of the input.
+        axis: Where they are, from the end: -1 for linear layers.
+        num_readers: Layers that hold this module.
+    """
+
+    pre_scale: Tensor | None
+    matrix: Tensor | None
+
+    def __init__(self, num_channels: int, axis: int, num_readers: int) -> None:
+        super().__init__()
+        self.num_channels = num_channels
+        self.axis = axis
+        self.rotation = 0
+        self.register_buffer("pre_scale", None)
+        self.register_buffer("matrix", None, persistent=False)
+        self.memory = SharedInput("", num_readers, None)
+
+    def divide(self, scale: Tensor) -> None:
+        """Divide by ``scale`` in addition to what was before; not after a rotation."""
+        assert not self.rotation, "a scale comes before a rotation"
+        scale = scale.float()
+        self.pre_scale = scale.clone() if self.pre_scale is None else self.pre_scale * scale
+
+    def rotate(self, block_size: int, device: torch.device) -> None:
+        """Rotate every ``block_size`` neighbours."""
+        assert not self.rotation, "one rotation only"
+        self.rotation = block_size
+        self.matrix = hadamard(block_size).to(device) / math.sqrt(block_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` as the layer computes with it, before rounding."""
+        if self.memory.num_readers < 2 or torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return self._compute(x)
+        return self.memory.get(x, Mode.OFF, self._compute)
+
+    def _compute(self, x: Tensor) -> Tensor:
+        y = x.float()
+        if self.pre_scale is not None:
+            y = y / self.pre_scale.view(-1, *(1 for _ in range(-1 - self.axis)))
+        if self.matrix is not None:
+            y = (y.unflatten(-1, (-1, self.rotation)) @ self.matrix).flatten(-2)
+        return y.to(x.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InputTransform:
+        """Moves buffers between devices; never changes their dtype."""
+        kept = {name: b for name, b in self._buffers.items() if b is not None}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            after = self._buffers[name]
+            assert after is not None
+            self._buffers[name] = before.to(after.device)
+        return self
+
+
+class LowRank(nn.Module):
+    """``x @ a.T @ b.T``, added to a linear layer's output.
+
+    Args:
+        a: ``(rank, in_features)``.
+        b: ``(out_features, rank)``.
+    """
+
+    a: Tensor
+    b: Tensor
+
+    def __init__(self, a: Tensor, b: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("a", a)
+        self.register_buffer("b", b)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The branch of ``x``, which is what the layer computes with, before rounding."""
+        return F.linear(F.linear(x, self.a.to(x.dtype)), self.b.to(x.dtype))
+
+
+class Listener(nn.Module):
+    """Stands in for an ``InputTransform`` while data are gathered: tells of every input, and passes it on."""
+
+    def __init__(self, hear: Callable[[Tensor], None]) -> None:
+        super().__init__()
+        self.hear = hear
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x``, heard."""
+        self.hear(x)
+        return x
