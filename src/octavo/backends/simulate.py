@@ -63,6 +63,11 @@ def fake_quantize(x: Tensor, key: str, scale: Tensor | None, zero_point: Tensor 
 
 
 def _compute(x: Tensor, scale: Tensor | None, zero_point: Tensor | None, format: str) -> Tensor:
+    """The operator itself. Always contiguous, as graphs are told: backends differ in what they make of strides."""
+    return _fastest(x, scale, zero_point, format).contiguous()
+
+
+def _fastest(x: Tensor, scale: Tensor | None, zero_point: Tensor | None, format: str) -> Tensor:
     fmt = _format(format)
     backend = next((b for b in BACKENDS if b.supports(x, fmt).ok), None)
     if backend is None or x.numel() == 0:
@@ -100,5 +105,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:
 
 
 _LIBRARY.impl("fake_quantize", _compute, "CompositeExplicitAutograd")
-torch.library.register_fake("octavo::fake_quantize", lambda x, scale, zero_point, format: torch.empty_like(x))
+torch.library.register_fake(
+    "octavo::fake_quantize",
+    lambda x, scale, zero_point, format: torch.empty_like(x, memory_format=torch.contiguous_format),
+)
 torch.library.register_autograd("octavo::fake_quantize", _backward, setup_context=_setup_context)
