@@ -25,6 +25,7 @@ from octavo.export.views import dequantized_weights
 from octavo.nn.door import TorchDoor, activation_scales, simulated_weights
 from octavo.nn.state import load_tensors, replace_scales, set_ranges
 from octavo.numerics.arrays import array_of, tensor_of, tensors_in
+from octavo.numerics.qtensor import QTensor
 from octavo.numerics.snapshot import Snapshot
 from octavo.readers.compare import Comparison, compare_weights
 from octavo.readers.opening import open_checkpoint
@@ -487,11 +488,11 @@ def _state_dict(files: RunFiles) -> dict[str, torch.Tensor]:
     return tensors | {alias: tensors[owner] for alias, owner in files.tied().items()}
 
 
-def _ranges(files: RunFiles) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
+def _ranges(files: RunFiles) -> dict[str, tuple[torch.Tensor | QTensor, torch.Tensor | None]]:
     """Quantizer name -> scale and zero point, of every static quantizer that was on."""
-    ranges: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
+    ranges: dict[str, tuple[torch.Tensor | QTensor, torch.Tensor | None]] = {}
     for layer in files.layers():
-        if layer.weight is not None and isinstance(layer.weight.scale, torch.Tensor):
+        if layer.weight is not None and layer.weight.scale is not None:
             ranges[quantizer_name(layer.name, Slot.WEIGHT)] = layer.weight.scale, layer.weight.zero_point
         for slot, activation in layer.activations.items():
             if activation.scale is not None:

@@ -8,13 +8,12 @@ import torch
 from octavo.backends.native import LIBRARY
 from octavo.backends.simulate import BACKENDS, fake_quantize, format_key, range_of
 from octavo.numerics import qtensor
-from octavo.spec.formats import FORMATS, NVFP4
+from octavo.spec.formats import FORMATS
 from octavo.spec.tensor_format import TensorFormat
 
-CATALOGUE = {**FORMATS, "nvfp4": NVFP4}
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 pairs = pytest.mark.parametrize(
-    ("backend", "fmt"), [pytest.param(b, f, id=f"{b.name}-{name}") for b in BACKENDS for name, f in CATALOGUE.items()]
+    ("backend", "fmt"), [pytest.param(b, f, id=f"{b.name}-{name}") for b in BACKENDS for name, f in FORMATS.items()]
 )
 
 
@@ -41,7 +40,7 @@ def test_the_same_bits_as_numerics(backend, fmt: TensorFormat, dtype: torch.dtyp
         assert support.reason
         return
     scale, zero_point = range_of(x, fmt)
-    for shrunk in (scale, scale * 0.01):
+    for shrunk in (scale, scale / 128):  # a power of two: stored scales stay on their grid
         found = backend.fake_quantize(x, fmt, shrunk, zero_point)
         expected = qtensor.fake_quantize(x, fmt, scale=shrunk, zero_point=zero_point)
         assert torch.equal(found.view(BITS[dtype]), expected.view(BITS[dtype]))
@@ -60,7 +59,7 @@ def test_nan_stays_nan_and_inf_saturates(backend, fmt: TensorFormat) -> None:
     assert found[2, 0] == fmt.element.min
 
 
-@pytest.mark.parametrize("fmt", [pytest.param(f, id=name) for name, f in CATALOGUE.items()])
+@pytest.mark.parametrize("fmt", [pytest.param(f, id=name) for name, f in FORMATS.items()])
 def test_dynamic_simulation_is_numerics(fmt: TensorFormat) -> None:
     x = values(torch.float32).clamp(-1e3, 1e3)
     assert torch.equal(fake_quantize(x, format_key(fmt), None), qtensor.fake_quantize(x, fmt))

@@ -12,51 +12,31 @@ from octavo.numerics.qtensor import QTensor, fake_quantize, quantize
 from octavo.numerics.scaling import expand_scale, from_blocks, to_blocks
 from octavo.spec.element import (
     BF16,
-    E2M1,
-    E2M3,
     E4M3,
-    E8M0,
     FP16,
     INT4,
     INT8,
     INT8_NARROW,
-    MXINT8_ELEMENT,
-    NF4,
     UINT4,
     CodebookFormat,
     IntFormat,
 )  # fmt: skip
-from octavo.spec.formats import FORMATS, NVFP4
+from octavo.spec.formats import FORMATS
 from octavo.spec.tensor_format import (
     PLAIN_FP32,
     PerChannel,
-    PerFlatGroup,
     PerGroup,
     PerTile,
     PerToken,
     Ragged,
-    ScaleRule,
     TensorFormat,
     scaled,
 )  # fmt: skip
 
-
-def _mx(element, rule=ScaleRule.POWER_FLOOR) -> TensorFormat:
-    return TensorFormat(element, PerGroup(32), scale=TensorFormat(E8M0), scale_rule=rule)
-
-
 BEYOND = {
-    "nvfp4": NVFP4,
-    "mxfp4": _mx(E2M1),
-    "mxfp4-ceil": _mx(E2M1, ScaleRule.POWER_CEIL),
-    "mxfp6": _mx(E2M3),
-    "mxfp8": _mx(E4M3),
-    "mxint8": _mx(MXINT8_ELEMENT),
-    "nf4": scaled(NF4, PerFlatGroup(64)),
-    "nf4-double": TensorFormat(
-        NF4, PerFlatGroup(64), scale=TensorFormat(INT8, PerFlatGroup(256), scale=PLAIN_FP32, offset=PLAIN_FP32)
-    ),
     "fp8-tiles": scaled(E4M3, PerTile(24, 40)),
+    "int8-scales-from": TensorFormat(INT8, PerToken(), scale=PLAIN_FP32, min_scale=1e-3),
+    "int4-beyond-top": TensorFormat(INT4, PerGroup(32), scale=PLAIN_FP32, top=7.5),
     "int8-narrow": scaled(INT8_NARROW, PerChannel(0)),
     "uint4": scaled(UINT4, PerGroup(32), asymmetric=True),
     "int4-padded": TensorFormat(INT4, PerGroup(40), scale=PLAIN_FP32, zero_point=INT4, ragged=Ragged.PAD),
@@ -189,14 +169,18 @@ def test_quantizing_again_with_the_same_scales_changes_nothing(fmt):
     assert torch.equal(again.dequantize(), q.dequantize())
 
 
-@scaled_formats(having=lambda fmt: fmt.scale.element != FP16)
+@scaled_formats(having=lambda fmt: fmt.scale.element != FP16 and not fmt.min_scale)
 @pytest.mark.parametrize("power", [-20, 3, 30])
 def test_scaling_by_a_power_of_two_scales_the_result(fmt, power):
     x = weights()
     assert torch.equal(fake_quantize(x * 2.0**power, fmt), fake_quantize(x, fmt) * 2.0**power)
 
 
-@scaled_formats(having=lambda fmt: fmt.is_symmetric and not isinstance(fmt.element, CodebookFormat))
+def has_mirrored_values(fmt: TensorFormat) -> bool:
+    return fmt.is_symmetric and not isinstance(fmt.element, CodebookFormat) and (fmt.top or 0) <= fmt.element.max
+
+
+@scaled_formats(having=has_mirrored_values)
 def test_negating_negates(fmt):
     x = weights()
     assert torch.equal(fake_quantize(-x, fmt), -fake_quantize(x, fmt))

@@ -181,13 +181,13 @@ def test_power_rules_agree_with_torchao(mode, element):
 @pytest.mark.parametrize("rule", ScaleRule)
 def test_a_block_of_zeros_has_scale_one_unless_scales_are_scaled_again(rule):
     zero = torch.tensor([0.0, 1.0])
-    assert scale_from_amax(zero, TensorFormat(E2M1, PerGroup(32), scale=PLAIN_FP32, scale_rule=rule))[0] == 1
-    assert scale_from_amax(zero, TensorFormat(E2M1, PerGroup(32), scale=NVFP4.scale, scale_rule=rule))[0] == 0
+    assert scale_from_amax(zero, TensorFormat(INT4, PerGroup(32), scale=PLAIN_FP32, scale_rule=rule))[0] == 1
+    assert scale_from_amax(zero, TensorFormat(INT4, PerGroup(32), scale=NVFP4.scale, scale_rule=rule))[0] == 0
 
 
 @pytest.mark.parametrize("rule", ScaleRule)
 def test_an_amax_that_is_not_finite_gives_a_scale_that_is_not(rule):
-    fmt = TensorFormat(E4M3, PerGroup(32), scale=PLAIN_FP32, scale_rule=rule)
+    fmt = TensorFormat(INT4, PerGroup(32), scale=PLAIN_FP32, scale_rule=rule)
     assert not scale_from_amax(torch.tensor([math.nan, math.inf]), fmt).isfinite().any()
 
 

@@ -66,6 +66,12 @@ def test_misfits_name_the_axis_that_is_missing():
         lambda: TensorFormat(MXINT8_ELEMENT, scale=PLAIN_FP32, zero_point=INT8),
         lambda: TensorFormat(INT8, zero_point=INT8),
         lambda: TensorFormat(INT8, offset=PLAIN_FP32),
+        lambda: TensorFormat(INT4, scale=PLAIN_FP32, zero_point=INT4, scale_rule=ScaleRule.POWER_CEIL),
+        lambda: TensorFormat(INT4, scale=PLAIN_FP32, zero_point=INT4, top=7.5),
+        lambda: TensorFormat(E4M3, scale=PLAIN_FP32, top=0.0),
+        lambda: TensorFormat(E4M3, scale=PLAIN_FP32, min_scale=-1.0),
+        lambda: TensorFormat(E4M3, scale=PLAIN_FP32, scale_rule=ScaleRule.FULL_RANGE),
+        lambda: TensorFormat(INT4, scale=TensorFormat(E8M0), scale_rule=ScaleRule.FULL_RANGE),
         lambda: PerGroup(0),
         lambda: PerFlatGroup(-1),
         lambda: PerTile(128, 0),
@@ -88,10 +94,11 @@ def test_json_keeps_every_field():
         scale=TensorFormat(FP16),
         offset=TensorFormat(E4M3, PerTensor(), scale=TensorFormat(E8M0)),
         zero_point=INT4,
-        scale_rule=ScaleRule.POWER_CEIL,
         ragged=Ragged.PAD,
     )
-    assert TensorFormat.from_dict(json.loads(json.dumps(fmt.to_dict()))) == fmt
+    ruled = TensorFormat(E4M3, PerToken(), PLAIN_FP32, scale_rule=ScaleRule.POWER_CEIL, top=240.0, min_scale=1e-9)
+    for kept in (fmt, ruled):
+        assert TensorFormat.from_dict(json.loads(json.dumps(kept.to_dict()))) == kept
 
 
 @pytest.mark.parametrize(

@@ -16,15 +16,7 @@ from octavo.backends.base import Backend
 from octavo.backends.compiled import CompiledBackend
 from octavo.backends.inplace import InPlaceBackend
 from octavo.numerics import qtensor
-from octavo.numerics.scaling import (
-    amax,
-    expand_scale,
-    from_blocks,
-    min_max,
-    scale_from_amax,
-    scale_from_range,
-    to_blocks,
-)
+from octavo.numerics.scaling import expand_scale, from_blocks, to_blocks
 from octavo.spec.tensor_format import TensorFormat
 
 BACKENDS: tuple[Backend, ...] = (CompiledBackend(), InPlaceBackend())
@@ -51,7 +43,8 @@ def fake_quantize(x: Tensor, key: str, scale: Tensor | None, zero_point: Tensor 
     Args:
         x: Any shape, floating point.
         key: The format, as ``format_key`` gives it.
-        scale: Of ``granularity.scale_shape(x.shape)``; ``None`` finds it from ``x`` (dynamic).
+        scale: Of the outermost level of scales: of ``granularity.scale_shape(x.shape)`` unless the format is nested,
+            and then what ``quantize`` calls ``outer_scale``. ``None`` finds it from ``x`` (dynamic).
         zero_point: Integers of the scale's shape, ``None`` when symmetric or dynamic.
 
     Returns:
@@ -71,23 +64,21 @@ def _fastest(x: Tensor, scale: Tensor | None, zero_point: Tensor | None, format:
     fmt = _format(format)
     backend = next((b for b in BACKENDS if b.supports(x, fmt).ok), None)
     if backend is None or x.numel() == 0:
-        return qtensor.fake_quantize(x, fmt, scale=scale, zero_point=zero_point)
+        return qtensor.fake_quantize(x, fmt, outer_scale=scale, zero_point=zero_point)
     if scale is None:
         scale, zero_point = range_of(x, fmt)
     return backend.fake_quantize(x, fmt, scale, zero_point)
 
 
 def range_of(x: Tensor, fmt: TensorFormat) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point (``None`` when symmetric) that cover all of ``x``, of the format's scale shape."""
-    if fmt.is_symmetric:
-        return scale_from_amax(amax(x, fmt.granularity), fmt), None
-    return scale_from_range(*min_max(x, fmt.granularity), fmt)
+    """Scale as stored and zero point (``None`` when symmetric) that cover all of ``x``, of the format's scale shape."""
+    return qtensor.stored_scale(x, fmt)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, scale, zero_point, key = inputs
     ctx.format = key
-    ctx.is_static = scale is not None
+    ctx.is_static = scale is not None and not _format(key).is_nested  # groups follow their values: nothing is clipped
     if ctx.is_static:
         ctx.save_for_backward(x, scale, zero_point)
 

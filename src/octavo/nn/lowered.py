@@ -8,47 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from octavo.errors import UserError
+from octavo.nn.packed import PackedTensor
 from octavo.nn.quantizer import Mode, WeightQuantizer
 from octavo.nn.snapshot import weight_key
-from octavo.numerics.packing import pack, unpack
-from octavo.numerics.qtensor import QTensor
-from octavo.spec.element import IntFormat
-
-_LEVELS = ("scale", "offset")
-
-
-class PackedTensor(nn.Module):
-    """A QTensor as buffers: packed ``codes``, and its scales, which are packed in turn where they are quantized."""
-
-    def __init__(self, tensor: QTensor) -> None:
-        super().__init__()
-        self.format = tensor.format
-        self.shape = tensor.shape
-        self.code_shape = tuple(tensor.codes.shape)
-        bits = tensor.format.element.bits
-        self.is_packed = bits <= 8
-        self.register_buffer("codes", pack(tensor.codes, bits) if self.is_packed else tensor.codes)
-        self.register_buffer("zero_point", tensor.zero_point)
-        for level in _LEVELS:
-            part = tensor.scale if level == "scale" else tensor.offset
-            if isinstance(part, QTensor):
-                self.add_module(level, PackedTensor(part))
-            else:
-                self.register_buffer(level, part)
-
-    def tensor(self) -> QTensor:
-        """The QTensor that was packed."""
-        element = self.format.element
-        codes: Tensor = self.codes
-        if self.is_packed:
-            signed = isinstance(element, IntFormat) and element.is_signed
-            codes = unpack(codes, element.bits, self.code_shape[-1], signed=signed)
-        scale, offset = (self._level(level) for level in _LEVELS)
-        return QTensor(codes, scale, self.format, self.shape, self.zero_point, offset)
-
-    def _level(self, level: str) -> Tensor | QTensor | None:
-        part = self._modules.get(level)
-        return part.tensor() if isinstance(part, PackedTensor) else self._buffers.get(level)
 
 
 class PackedWeight(nn.Module):
@@ -64,18 +26,6 @@ class PackedWeight(nn.Module):
     def forward(self) -> Tensor:
         """The rounded weight, in the parameter's shape and in the dtype that the model has now."""
         return self.view.to_parameter(self.packed.tensor().dequantize(self.like.dtype))
-
-    def _apply(self, fn: object, recurse: bool = True) -> PackedWeight:
-        """Scales keep their dtype when the model is cast; only ``like`` follows."""
-        before = dict(self.packed.named_buffers())
-        super()._apply(fn, recurse)
-        for name, kept in before.items():
-            holder, _, leaf = name.rpartition(".")
-            owner = self.packed.get_submodule(holder)
-            after = owner._buffers[leaf]
-            if after is not None and after.dtype != kept.dtype:
-                owner._buffers[leaf] = kept.to(after.device)
-        return self
 
 
 def _unpacking(name: str) -> property:

@@ -18,11 +18,13 @@ from torch import Tensor, nn
 
 from octavo.backends.simulate import fake_quantize, format_key, range_of
 from octavo.errors import UserError
+from octavo.nn.packed import PackedTensor, blank_scale
 from octavo.nn.views import WeightView
 from octavo.numerics.observers import NotFiniteError, Observer, make_observer
-from octavo.numerics.qtensor import QTensor, quantize
-from octavo.numerics.scaling import scale_from_amax, scale_from_range, search_scale
+from octavo.numerics.qtensor import QTensor, quantize, quantize_scale
+from octavo.numerics.scaling import outer_scale_from_amax, scale_from_range, search_scale
 from octavo.spec.plan import QuantizerSpec
+from octavo.spec.tensor_format import one_level
 
 
 class Mode(Enum):
@@ -37,8 +39,8 @@ class Quantizer(nn.Module):
     """Scale, zero point and mode of one quantizer.
 
     Buffers: ``scale`` fp32 and, for asymmetric formats, ``zero_point`` int32, NaN and 0 until calibrated;
-    dynamic quantizers and weights with quantized scales have none. Scales stay fp32 when the model is
-    cast to another dtype.
+    dynamic quantizers have none, weights with scaled scales keep them in ``stored_scale``. Of an activation in a
+    nested format ``scale`` is that of the outermost level. Scales stay fp32 when the model is cast to another dtype.
     """
 
     scale: Tensor | None
@@ -62,14 +64,22 @@ class Quantizer(nn.Module):
         """True when nothing is missing to round values."""
         return self.scale is None or not bool(torch.isnan(self.scale).any())
 
-    def set_range(self, scale: Tensor, zero_point: Tensor | None) -> None:
-        """Store a range and start rounding. Copies into the buffers, so their identity stays."""
-        assert self.scale is not None
-        self.scale.copy_(scale)
+    def set_range(self, scale: Tensor | QTensor, zero_point: Tensor | None) -> None:
+        """Store a range and start rounding. Copies into the buffers, so their identity stays.
+
+        Args:
+            scale: Real-valued, or as it is stored; of the outermost level where an activation's format is nested.
+            zero_point: Of an asymmetric format.
+        """
+        self._store_scale(scale)
         if self.zero_point is not None:
             assert zero_point is not None
             self.zero_point.copy_(zero_point)
         self.mode = Mode.QUANTIZE
+
+    def _store_scale(self, scale: Tensor | QTensor) -> None:
+        assert self.scale is not None
+        self.scale.copy_(scale.dequantize() if isinstance(scale, QTensor) else scale)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
         """Moves buffers between devices; never changes their dtype."""
@@ -170,8 +180,8 @@ class ActivationQuantizer(Quantizer):
         if float(low) == 0.0 and float(high) == 0.0:
             return "every value in the calibration data was 0"
         fmt = self.spec.format
-        if fmt.is_symmetric:
-            self.set_range(scale_from_amax(torch.maximum(-low, high), fmt), None)
+        if fmt.is_nested:
+            self.set_range(outer_scale_from_amax(torch.maximum(-low, high), fmt), None)
         else:
             self.set_range(*scale_from_range(low, high, fmt))
         return ""
@@ -192,8 +202,15 @@ class WeightQuantizer(Quantizer):
                 f"quantizer '{name}': a weight's range is found by absmax or, in a symmetric format, by mse; "
                 f"{spec.observer.name} is for activations"
             )
-        plain = fmt.scale is not None and fmt.scale.is_plain
-        super().__init__(name, spec, fmt.granularity.scale_shape(view.matrix_shape) if plain else None)
+        shape = fmt.granularity.scale_shape(view.matrix_shape)
+        super().__init__(name, spec, None if fmt.is_plain or fmt.is_nested else shape)
+        self.stored_scale: PackedTensor | None = None
+        if fmt.scale is not None and fmt.is_nested:
+            self.stored_scale = PackedTensor(blank_scale(fmt.scale, shape))
+            if fmt.zero_point is not None:
+                self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32))
+        # Whatever their levels, scales are real values in the end, and rounding only needs those.
+        self.rounding_key = format_key(one_level(fmt)) if fmt.is_nested else self.format_key
         self.view = view
         self._rounded: tuple[weakref.ref[Tensor], tuple[object, ...], Tensor] | None = None
 
@@ -203,7 +220,7 @@ class WeightQuantizer(Quantizer):
             return weight
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and weight.requires_grad):
             return self._round(weight)
-        state = _state(weight), _state(self.scale)
+        state = _state(weight), *(_state(buffer) for buffer in self.buffers())
         known = self._rounded
         if known is not None and known[0]() is weight and known[1] == state:
             return known[2]
@@ -213,8 +230,27 @@ class WeightQuantizer(Quantizer):
         return rounded
 
     def _round(self, weight: Tensor) -> Tensor:
-        matrix = fake_quantize(self.view.to_matrix(weight), self.format_key, self.scale, self.zero_point)
+        scale = self.scale if self.stored_scale is None else self.stored_scale.tensor().dequantize()
+        matrix = fake_quantize(self.view.to_matrix(weight), self.rounding_key, scale, self.zero_point)
         return self.view.to_parameter(matrix)
+
+    @property
+    def is_calibrated(self) -> bool:
+        """True when nothing is missing to round values."""
+        if self.stored_scale is None:
+            return super().is_calibrated
+        return not any(bool(torch.isnan(b).any()) for b in self.stored_scale.buffers() if b.is_floating_point())
+
+    def _store_scale(self, scale: Tensor | QTensor) -> None:
+        if self.stored_scale is None:
+            super()._store_scale(scale)
+            return
+        if not isinstance(scale, QTensor):
+            assert self.spec.format.scale is not None
+            stored = quantize_scale(scale, self.spec.format.scale)
+            assert isinstance(stored, QTensor)
+            scale = stored
+        self.stored_scale.copy_(scale)
 
     @torch.no_grad()
     def find_range(self, weight: Tensor) -> None:
@@ -224,22 +260,25 @@ class WeightQuantizer(Quantizer):
             NotFiniteError: the weight holds NaN or inf.
         """
         self._rounded = None
-        if self.scale is None:
-            self.mode = Mode.QUANTIZE
-            return
         matrix, fmt = self.view.to_matrix(weight), self.spec.format
-        if self.spec.observer.name == "mse":
-            scale, zero_point = search_scale(matrix, fmt), None
-        else:
-            scale, zero_point = range_of(matrix, fmt)
-        if not bool(torch.isfinite(scale).all()):
+        if not bool(torch.isfinite(matrix).all()):
             raise NotFiniteError(f"quantizer '{self.name}': the weight holds NaN or inf; the checkpoint is damaged")
-        self.set_range(scale, zero_point)
+        if fmt.is_plain:
+            self.mode = Mode.QUANTIZE
+        elif self.spec.observer.name == "mse":
+            self.set_range(search_scale(matrix, fmt), None)
+        elif fmt.is_nested:
+            found = quantize(matrix, fmt)
+            assert found.scale is not None
+            self.set_range(found.scale, found.zero_point)
+        else:
+            self.set_range(*range_of(matrix, fmt))
 
     @torch.no_grad()
     def codes(self, weight: Tensor) -> QTensor:
         """What is stored of the weight: ``codes(weight).dequantize()`` is what ``forward`` simulates."""
-        return quantize(self.view.to_matrix(weight), self.spec.format, scale=self.scale, zero_point=self.zero_point)
+        scale = self.scale if self.stored_scale is None else self.stored_scale.tensor()
+        return quantize(self.view.to_matrix(weight), self.spec.format, scale=scale, zero_point=self.zero_point)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_rounded": None}

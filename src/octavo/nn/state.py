@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from octavo.errors import UserError
 from octavo.nn.quantizer import ActivationQuantizer, Mode
 from octavo.nn.surgery import quantizers
+from octavo.numerics.qtensor import QTensor
 
 
-def set_ranges(model: nn.Module, ranges: Callable[[str], tuple[Tensor, Tensor | None] | None]) -> None:
+def set_ranges(model: nn.Module, ranges: Callable[[str], tuple[Tensor | QTensor, Tensor | None] | None]) -> None:
     """Give every static quantizer its range.
 
     Args:
@@ -21,7 +22,7 @@ def set_ranges(model: nn.Module, ranges: Callable[[str], tuple[Tensor, Tensor | 
         ranges: Quantizer name -> scale and zero point; ``None`` for one that stayed off.
     """
     for quantizer in quantizers(model):
-        if quantizer.scale is None:
+        if quantizer.spec.is_dynamic or quantizer.spec.format.is_plain:
             quantizer.mode = Mode.QUANTIZE
             continue
         known = ranges(quantizer.name)

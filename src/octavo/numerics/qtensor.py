@@ -7,8 +7,8 @@ grid. The first names the grid points, the second only looks at them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,13 +21,15 @@ from octavo.numerics.scaling import (
     expand_scale,
     from_blocks,
     min_max,
+    outer_scale_from_amax,
     scale_from_amax,
     scale_from_range,
+    scale_of,
     to_blocks,
     zero_point_from,
 )
-from octavo.spec.element import FloatFormat
-from octavo.spec.tensor_format import PLAIN_FP32, Shape, TensorFormat
+from octavo.spec.element import FloatFormat, IntFormat
+from octavo.spec.tensor_format import PLAIN_FP32, ScaleRule, Shape, TensorFormat
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,7 +74,12 @@ class QTensor:
 
 
 def quantize(
-    x: Tensor, fmt: TensorFormat, *, scale: Tensor | QTensor | None = None, zero_point: Tensor | None = None
+    x: Tensor,
+    fmt: TensorFormat,
+    *,
+    scale: Tensor | QTensor | None = None,
+    zero_point: Tensor | None = None,
+    outer_scale: Tensor | None = None,
 ) -> QTensor:
     """``x`` in ``fmt``.
 
@@ -81,47 +88,74 @@ def quantize(
         fmt: The format.
         scale: Of the format's scale shape, real-valued or already quantized; found from ``x`` when ``None``.
         zero_point: Its zero points, for an asymmetric format whose ``scale`` is given.
+        outer_scale: Scales of ``fmt.outermost`` where the levels below are found from ``x`` (or rounded from a
+            real-valued ``scale``): the calibrated one of an NVFP4 activation. The same as ``scale`` where the format
+            is not nested.
 
     Raises:
-        UserError: the format does not fit the shape, or ``scale`` and ``zero_point`` do not fit the format.
+        UserError: the format does not fit the shape, ``scale`` and ``zero_point`` do not fit the format, or ``x``
+            holds NaN or infinities and its range was to be found.
 
     >>> from octavo.spec.formats import tensor_format
     >>> q = quantize(torch.tensor([[1.0, -14.0]]), tensor_format("int4-tensor"))
     >>> q.codes.tolist(), q.scale.tolist(), q.nbytes
     ([[0, -7]], 2.0, 5)
     """
+    scale, outer_scale = _named_levels(fmt, scale, outer_scale)
     _check_fit(x, fmt, scale, zero_point)
     shape = tuple(x.shape)
     if fmt.scale is None:
         return QTensor(encode(round_to(x, fmt.element), fmt.element), None, fmt, shape)
-    parts = _find_parts(x, fmt, scale, zero_point, quantize_scale)
+    parts = _find_parts(x, fmt, _Given(scale, zero_point, outer_scale), quantize_scale)
+    if scale is None and not bool(_values(parts.scale).isfinite().all()):
+        raise UserError(f"a tensor of shape {shape} holds NaN or infinite values: {fmt} has no range for them")
     codes = encode(from_blocks(_grid(x, fmt, parts), fmt.granularity, shape), fmt.element)
     return QTensor(codes, parts.scale, fmt, shape, parts.zero_point, parts.offset)
 
 
 def fake_quantize(
-    x: Tensor, fmt: TensorFormat, *, scale: Tensor | QTensor | None = None, zero_point: Tensor | None = None
+    x: Tensor,
+    fmt: TensorFormat,
+    *,
+    scale: Tensor | QTensor | None = None,
+    zero_point: Tensor | None = None,
+    outer_scale: Tensor | None = None,
 ) -> Tensor:
     """``quantize(x, ...).dequantize(x.dtype)``, bit for bit, without building codes.
 
-    A NaN stays NaN, also in formats without a code for it.
+    A NaN stays NaN, also in formats without a code for it. Where the range is found from ``x``, a NaN or an infinity
+    makes its whole block NaN, and in a nested format without ``outer_scale`` all that shares the outermost scale;
+    with a given scale an infinity saturates.
     """
+    scale, outer_scale = _named_levels(fmt, scale, outer_scale)
     _check_fit(x, fmt, scale, zero_point)
     if fmt.scale is None:
         return round_to(x, fmt.element).to(x.dtype)
-    parts = _find_parts(x, fmt, scale, zero_point, _fake_quantize_scale)
+    parts = _find_parts(x, fmt, _Given(scale, zero_point, outer_scale), _fake_quantize_scale)
     return _real(_grid(x, fmt, parts), fmt, tuple(x.shape), parts).to(x.dtype)
 
 
-def quantize_scale(values: Tensor, fmt: TensorFormat, *, scale: Tensor | QTensor | None = None) -> Tensor | QTensor:
+def quantize_scale(
+    values: Tensor, fmt: TensorFormat, *, scale: Tensor | QTensor | None = None, outer_scale: Tensor | None = None
+) -> Tensor | QTensor:
     """Real-valued scales as they are stored in ``fmt``: fp32 as they are, all else quantized.
 
-    Unlike ``quantize``, a scale in a float format never becomes 0: it stops at the smallest positive value. With
-    ``scale`` the scales' own scale is given (the calibrated one of an NVFP4 activation, say).
+    Unlike ``quantize``, a scale never becomes 0: it stops at the smallest positive value of a float format or at the
+    first code of an integer one. With ``scale`` the scales' own scale is given (the calibrated one of an NVFP4
+    activation, say), with ``outer_scale`` that of their outermost level.
     """
     if fmt == PLAIN_FP32:
         return values.float()
-    return quantize(_floored(values, fmt, scale), fmt, scale=scale)
+    return quantize(_floored(values, fmt, scale, outer_scale), fmt, scale=scale, outer_scale=outer_scale)
+
+
+def stored_scale(x: Tensor, fmt: TensorFormat) -> tuple[Tensor, Tensor | None]:
+    """Scales that cover ``x``, as real values on the grid of their own format, and zero points (or ``None``).
+
+    ``fake_quantize(x, fmt, scale=...)`` with them gives the bits of ``fake_quantize(x, fmt)``.
+    """
+    parts = _find_parts(x, fmt, _Given(), _fake_quantize_scale)
+    return _values(parts.scale), parts.zero_point
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,48 +165,128 @@ class _Parts:
     offset: Tensor | QTensor | None
 
 
-_Store = Callable[[Tensor, TensorFormat], Tensor | QTensor]
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """What a caller knows of a tensor's scales."""
+
+    scale: Tensor | QTensor | None = None
+    zero_point: Tensor | None = None
+    outer: Tensor | None = None
 
 
-def _fake_quantize_scale(values: Tensor, fmt: TensorFormat) -> Tensor:
+class _Store(Protocol):
+    """How real-valued scales become what is multiplied by: with codes, or simulated."""
+
+    def __call__(self, values: Tensor, fmt: TensorFormat, *, outer_scale: Tensor | None) -> Tensor | QTensor: ...
+
+
+def _fake_quantize_scale(values: Tensor, fmt: TensorFormat, *, outer_scale: Tensor | None = None) -> Tensor:
     if fmt == PLAIN_FP32:
         return values.float()
-    return fake_quantize(_floored(values, fmt, None), fmt)
+    return fake_quantize(_floored(values, fmt, None, outer_scale), fmt, outer_scale=outer_scale)
 
 
 def _store_offset(values: Tensor, fmt: TensorFormat) -> Tensor | QTensor:
     return values if fmt == PLAIN_FP32 else quantize(values, fmt)
 
 
-def _floored(values: Tensor, fmt: TensorFormat, scale: Tensor | QTensor | None) -> Tensor:
-    """Scales raised to the smallest positive value of their format, which is zero's neighbour."""
+def _floored(
+    values: Tensor, fmt: TensorFormat, scale: Tensor | QTensor | None, outer_scale: Tensor | None = None
+) -> Tensor:
+    """Scales whose magnitude is raised to the smallest positive value of their format, which is zero's neighbour."""
     values = values.detach().float()
-    if not isinstance(fmt.element, FloatFormat) or fmt.offset is not None:
+    smallest = _smallest_positive(fmt)
+    if smallest is None:
         return values
-    if fmt.scale is None:
-        return values.clamp(min=fmt.element.min_subnormal)
-    outer = _values(_find_parts(values, fmt, scale, None, _fake_quantize_scale).scale)
-    blocks, _ = to_blocks(values, fmt.granularity)
-    smallest = expand_scale(outer, fmt.granularity, tuple(values.shape)) * fmt.element.min_subnormal
-    return from_blocks(torch.maximum(blocks, smallest), fmt.granularity, tuple(values.shape))
+    if fmt.scale is not None:
+        outer = _values(_find_parts(values, fmt, _Given(scale, None, outer_scale), _fake_quantize_scale).scale)
+        blocks, _ = to_blocks(values, fmt.granularity)
+        least = expand_scale(outer.abs(), fmt.granularity, tuple(values.shape)) * smallest
+        raised = torch.maximum(blocks.abs(), least).copysign(blocks)
+        return from_blocks(raised, fmt.granularity, tuple(values.shape))
+    return values.abs().clamp(min=smallest).copysign(values)
 
 
-def _find_parts(
-    x: Tensor, fmt: TensorFormat, scale: Tensor | QTensor | None, zero_point: Tensor | None, store: _Store
-) -> _Parts:
+def _smallest_positive(fmt: TensorFormat) -> float | None:
+    """Of a scale's element; ``None`` where a scale may be 0."""
+    if fmt.offset is not None or fmt.zero_point is not None:
+        return None
+    match fmt.element:
+        case FloatFormat() as element:
+            return element.min_subnormal
+        case IntFormat(is_signed=False) as element:
+            return element.unit
+        case _:
+            return None
+
+
+def _named_levels(
+    fmt: TensorFormat, scale: Tensor | QTensor | None, outer_scale: Tensor | None
+) -> tuple[Tensor | QTensor | None, Tensor | None]:
+    """``outer_scale`` is ``scale`` where the format is not nested."""
+    if outer_scale is None or fmt.is_nested:
+        return scale, outer_scale
+    if scale is not None:
+        raise UserError(f"{fmt} has one level of scales: give scale or outer_scale, not both")
+    return outer_scale, None
+
+
+def _find_parts(x: Tensor, fmt: TensorFormat, given: _Given, store: _Store) -> _Parts:
     """What was given, and what was not from ``x``, stored in its own format by ``store``."""
     assert fmt.scale is not None
+    scale = given.scale
     offset = None if fmt.offset is None else _store_offset(_block_mean(x, fmt), fmt.offset)
     if isinstance(scale, QTensor):
-        return _Parts(scale, zero_point, offset)
+        return _Parts(scale, given.zero_point, offset)
     if scale is not None:
-        return _Parts(store(scale.detach(), fmt.scale), zero_point, offset)
+        return _Parts(store(scale.detach(), fmt.scale, outer_scale=given.outer), given.zero_point, offset)
     centred = x if offset is None else _minus(x, offset, fmt)
     if fmt.zero_point is None:
-        return _Parts(store(scale_from_amax(amax(centred, fmt.granularity), fmt), fmt.scale), None, offset)
+        return _Parts(_found_scale(centred, fmt, given.outer, store), None, offset)
     low, high = min_max(centred, fmt.granularity)
-    stored = store(scale_from_range(low, high, fmt)[0], fmt.scale)
+    stored = store(scale_from_range(low, high, fmt)[0], fmt.scale, outer_scale=given.outer)
     return _Parts(stored, zero_point_from(low, _values(stored), fmt), offset)
+
+
+def _found_scale(x: Tensor, fmt: TensorFormat, outer: Tensor | None, store: _Store) -> Tensor | QTensor:
+    assert fmt.scale is not None
+    if fmt.scale_rule is ScaleRule.FULL_RANGE:
+        return store(scale_of(x, fmt)[0], fmt.scale, outer_scale=outer)
+    amaxes = amax(x, fmt.granularity)
+    if outer is None and fmt.is_nested and _is_chained(fmt.scale):
+        outer = _found_outer(amaxes, fmt)
+    values = scale_from_amax(amaxes, fmt)
+    if fmt.scale_rule is ScaleRule.FOUR_OVER_SIX:
+        values = _four_over_six(x, fmt, values, outer)
+    return store(values, fmt.scale, outer_scale=outer)
+
+
+def _is_chained(fmt: TensorFormat | None) -> bool:
+    """Whether the ranges of all levels follow from one amax: nothing is subtracted on the way."""
+    return fmt is None or (fmt.offset is None and fmt.zero_point is None and _is_chained(fmt.scale))
+
+
+def _found_outer(amaxes: Tensor, fmt: TensorFormat) -> Tensor:
+    level = fmt
+    while level.scale is not None and level.is_nested:
+        level = level.scale
+        amaxes = amax(amaxes, level.granularity)
+    return outer_scale_from_amax(amaxes, fmt)
+
+
+def _four_over_six(x: Tensor, fmt: TensorFormat, six: Tensor, outer: Tensor | None) -> Tensor:
+    """Real-valued scales: amax on 6, or on 4, where levels lie closer, whichever has the smaller squared error.
+
+    Four Over Six (arXiv:2512.02010); errors are those of the scales as stored, and a tie keeps 6.
+    """
+    assert fmt.scale is not None
+    shape, errors = tuple(x.shape), []
+    target, dims = to_blocks(x.detach().float(), fmt.granularity)
+    for values in (six, four := six * 1.5):
+        parts = _Parts(_fake_quantize_scale(values, fmt.scale, outer_scale=outer), None, None)
+        grid = _grid(x, fmt, parts).mul_(expand_scale(_values(parts.scale), fmt.granularity, shape))
+        errors.append(grid.sub_(target).square_().sum(dims) if dims else grid.sub_(target).square_())
+    return torch.where(errors[1] < errors[0], four, six)
 
 
 def _grid(x: Tensor, fmt: TensorFormat, parts: _Parts) -> Tensor:

@@ -131,53 +131,88 @@ def min_max(x: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:
 def scale_from_amax(amax: Tensor, fmt: TensorFormat) -> Tensor:
     """Real-valued scales of a symmetric format, fp32, from the largest absolute value of every block.
 
-    ``AMAX``: ``amax / element.max``. ``POWER_FLOOR``: ``2^(floor(log2 amax) - floor(log2 element.max))``, the rule
-    of OCP microscaling formats 1.0, section 6.3. ``POWER_CEIL``: ``2^ceil(log2(amax / element.max))``. The two powers
-    are found by exponent arithmetic, exactly, and kept within 2^-127 .. 2^127.
+    ``AMAX``, ``FULL_RANGE``, ``FOUR_OVER_SIX`` (its "six"): ``amax / fmt.top_value``.
+    ``POWER_FLOOR``: ``2^(floor(log2 amax) - floor(log2 element.max))``, the rule of OCP microscaling formats 1.0,
+    section 6.3. ``POWER_CEIL``: ``2^ceil(log2(amax / element.max))``. The two powers are found by exponent
+    arithmetic, exactly, and kept within 2^-127 .. 2^127.
 
     Where ``amax`` is 0 (or so small that the quotient vanishes) every code is 0 whatever the scale: it is 1, or 0 where
-    the format scales its scales again, so that an empty block does not widen their range. Where ``amax`` is not finite
-    the scale is not finite either: callers check.
+    the format scales its scales again, so that an empty block does not widen their range. Elsewhere it is at least
+    ``fmt.min_scale``. Where ``amax`` is NaN or infinite the scale is NaN: a block without a range has no values.
 
     >>> from octavo.spec.formats import INT4_G128
     >>> scale_from_amax(torch.tensor([14.0, 0.0]), INT4_G128).tolist()
     [2.0, 1.0]
     """
-    amax, top = amax.float(), fmt.element.max
+    return _scale(amax.float(), fmt, fmt.top_value)
+
+
+def outer_scale_from_amax(amax: Tensor, fmt: TensorFormat) -> Tensor:
+    """Scales of the outermost level, fp32, from the largest absolute value of all that shares one of them.
+
+    They make the largest value of every level meet the largest of the level above: ``amax / (6 * 448)`` in NVFP4. A
+    format that is not nested gets ``scale_from_amax``.
+
+    >>> from octavo.spec.formats import NVFP4
+    >>> outer_scale_from_amax(torch.tensor(2688.0), NVFP4).item()
+    1.0
+    """
+    top = fmt.top_value
+    while fmt.scale is not None and fmt.is_nested:
+        fmt = fmt.scale
+        top *= fmt.top_value
+    return _scale(amax.float(), fmt, top)
+
+
+def _scale(amax: Tensor, fmt: TensorFormat, top: float) -> Tensor:
     match fmt.scale_rule:
-        case ScaleRule.AMAX:
+        case ScaleRule.AMAX | ScaleRule.FULL_RANGE | ScaleRule.FOUR_OVER_SIX:
             scale = amax / top
-            return scale.masked_fill(scale == 0, _empty_scale(fmt))
         case ScaleRule.POWER_FLOOR:
-            exponent = _exponent(amax) - (math.frexp(top)[1] - 1)
+            scale = _power(_exponent(amax) - (math.frexp(top)[1] - 1))
         case ScaleRule.POWER_CEIL:
             exceeds = (amax.view(torch.int32) & 0x7FFFFF) > (amax.new_tensor(top).view(torch.int32) & 0x7FFFFF)
-            exponent = _exponent(amax) - (math.frexp(top)[1] - 1) + exceeds.int()
+            scale = _power(_exponent(amax) - (math.frexp(top)[1] - 1) + exceeds.int())
         case _:
             assert_never(fmt.scale_rule)
-    scale = power_of_two(exponent.clamp(-127, 127))
-    scale = scale.masked_fill(amax == 0, _empty_scale(fmt))
-    return torch.where(amax.isfinite(), scale, amax)
+    if fmt.min_scale:
+        scale = scale.clamp(min=fmt.min_scale)
+    scale = scale.masked_fill((amax == 0) | (scale == 0), _empty_scale(fmt))
+    return scale.masked_fill(~amax.isfinite(), math.nan)
+
+
+def _power(exponent: Tensor) -> Tensor:
+    return power_of_two(exponent.clamp(-127, 127))
 
 
 def scale_from_range(low: Tensor, high: Tensor, fmt: TensorFormat) -> tuple[Tensor, Tensor | None]:
     """Scales and zero points from the range ``[low, high]`` of every block.
 
-    A symmetric format takes the larger magnitude and has no zero point. An asymmetric one extends the range to
-    contain 0, spreads its codes over it and rounds the zero point, so that 0 is exact. ``(0, 0)`` gives the scale
-    that ``scale_from_amax`` gives to 0.
+    A symmetric format takes the larger magnitude and has no zero point; under ``FULL_RANGE`` the scale is negative
+    where that is a positive value. An asymmetric one extends the range to contain 0, spreads its codes over it and
+    rounds the zero point, so that 0 is exact. ``(0, 0)`` gives the scale that ``scale_from_amax`` gives to 0.
 
     Returns:
         fp32 scales; int8 or uint8 zero points of the same shape, or ``None``.
     """
     if fmt.zero_point is None:
-        return scale_from_amax(torch.maximum(low.abs(), high.abs()), fmt), None
+        scale = scale_from_amax(torch.maximum(low.abs(), high.abs()), fmt)
+        is_flipped = high.abs() > low.abs() if fmt.scale_rule is ScaleRule.FULL_RANGE else None
+        return scale if is_flipped is None else torch.where(is_flipped, -scale, scale), None
     element = integer_element(fmt)
     low, high = low.float().clamp(max=0), high.float().clamp(min=0)
     # Halves, so that a range of twice the largest fp32 does not overflow.
     scale = (high / 2 - low / 2) / ((element.max_code - element.min_code) / 2)
-    scale = scale.masked_fill(scale == 0, _empty_scale(fmt))
+    scale = scale.clamp(min=fmt.min_scale) if fmt.min_scale else scale
+    scale = scale.masked_fill((scale == 0) | (low == high), _empty_scale(fmt)).masked_fill(~scale.isfinite(), math.nan)
     return scale, zero_point_from(low, scale, fmt)
+
+
+def scale_of(x: Tensor, fmt: TensorFormat) -> tuple[Tensor, Tensor | None]:
+    """Real-valued scales of the scale's shape that cover all of ``x``, and zero points (``None`` when symmetric)."""
+    if fmt.zero_point is None and fmt.scale_rule is not ScaleRule.FULL_RANGE:
+        return scale_from_amax(amax(x, fmt.granularity), fmt), None
+    return scale_from_range(*min_max(x, fmt.granularity), fmt)
 
 
 def zero_point_from(low: Tensor, scale: Tensor, fmt: TensorFormat) -> Tensor:
@@ -232,7 +267,7 @@ def search_scale(x: Tensor, fmt: TensorFormat, *, steps: int = 40, smallest: flo
 
 
 def _factors(fmt: TensorFormat, steps: int, smallest: float) -> list[float]:
-    if fmt.scale_rule is not ScaleRule.AMAX:
+    if fmt.scale_rule in (ScaleRule.POWER_FLOOR, ScaleRule.POWER_CEIL):
         return [1.0, 2.0, 0.5]
     return torch.linspace(1.0, smallest, steps, dtype=torch.float64).tolist()
 
@@ -240,7 +275,7 @@ def _factors(fmt: TensorFormat, steps: int, smallest: float) -> list[float]:
 def _best_scale(rows_NS: Tensor, fmt: TensorFormat, factors: list[float]) -> Tensor:
     """``(N,)`` scale of each row with the smallest squared error."""
     assert fmt.scale is not None
-    first = scale_from_amax(rows_NS.abs().amax(1), fmt)
+    first, _ = scale_from_range(rows_NS.amin(1), rows_NS.amax(1), fmt)
     best, best_error = first, torch.full_like(first, math.inf)
     for factor in factors:
         scale = round_owned(first * factor, fmt.scale.element)

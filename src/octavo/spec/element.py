@@ -6,6 +6,7 @@ Sources: OCP 8-bit floating point specification 1.0 (E4M3, E5M2); OCP microscali
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from typing import Literal
 
@@ -184,11 +185,29 @@ NF4 = CodebookFormat(
     ),
 )
 
+
+def _dynamic8() -> tuple[float, ...]:
+    """Seven decades up to 1, the i-th with 2^i values (the middles of equal parts), of both signs; 0 and 1 besides."""
+    positive = [
+        10.0 ** (decade - 6) * (0.1 + 0.9 * (index + 0.5) / 2**decade)
+        for decade in range(7)
+        for index in range(2**decade)
+    ]
+    return tuple(sorted(_as_fp32(value) for value in ([-value for value in positive] + positive + [0.0, 1.0])))
+
+
+def _as_fp32(value: float) -> float:
+    return float(struct.unpack("<f", struct.pack("<f", value))[0])
+
+
+DYNAMIC8 = CodebookFormat("dynamic8", _dynamic8())
+"""8 bits with a relative error that is even over seven decades (Dettmers, arXiv:1511.04561): NF4's scales."""
+
 ELEMENTS: dict[str, ElementFormat] = {
     element.name: element
     for element in (
         INT2, INT3, INT4, INT5, INT6, INT7, INT8, INT8_NARROW,
         UINT2, UINT3, UINT4, UINT5, UINT6, UINT7, UINT8, MXINT8_ELEMENT,
-        E4M3, E5M2, E3M2, E2M3, E2M1, E8M0, FP32, FP16, BF16, NF4,
+        E4M3, E5M2, E3M2, E2M3, E2M1, E8M0, FP32, FP16, BF16, NF4, DYNAMIC8,
     )
 }  # fmt: skip

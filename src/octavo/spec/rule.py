@@ -12,7 +12,7 @@ from octavo.spec.facts import Slot
 from octavo.spec.formats import FORMATS, format_name, tensor_format
 from octavo.spec.plan import ObserverSpec
 from octavo.spec.select import parse_pattern
-from octavo.spec.tensor_format import PerChannel, PerTensor, PerTile, PerToken, TensorFormat
+from octavo.spec.tensor_format import PerChannel, PerFlatGroup, PerTensor, PerTile, PerToken, TensorFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class SlotRule:
         """The shortest way to write it in a recipe."""
         name = format_name(self.format)
         value: dict[str, Any] = {"format": name if name in FORMATS else self.format.to_dict()}
-        if self.is_dynamic and isinstance(self.format.granularity, PerTensor):
+        if self.is_dynamic and has_static_range(self.format):
             value["dynamic"] = True
         if self.observer is not None:
             value["observer"] = self.observer.name
@@ -57,17 +57,31 @@ def slot_rule(
     fmt = tensor_format(format) if isinstance(format, str) else format
     if slot is Slot.WEIGHT:
         return _weight_rule(fmt, dynamic, observer)
-    if isinstance(fmt.granularity, PerChannel | PerTile):
+    if isinstance(fmt.granularity, PerChannel | PerTile | PerFlatGroup):
         raise UserError(
             f"{slot.value} cannot be {fmt}: an activation has one scale per tensor (static), "
             "or per token or group (dynamic)"
         )
-    is_dynamic = dynamic if dynamic is not None else not isinstance(fmt.granularity, PerTensor)
-    if not is_dynamic and not isinstance(fmt.granularity, PerTensor):
-        raise UserError(f"{slot.value} cannot be {fmt} and static: scales {fmt.granularity} are found per call")
+    is_dynamic = dynamic if dynamic is not None else not has_static_range(fmt)
+    if not is_dynamic and not has_static_range(fmt):
+        raise UserError(
+            f"{slot.value} cannot be {fmt} and static: scales {fmt.outermost.granularity} are found per call"
+        )
     if is_dynamic and observer is not None:
         raise UserError(f"{slot.value}: a dynamic range is computed per call and has no observer ({observer})")
     return SlotRule(fmt, is_dynamic, observer)
+
+
+def has_static_range(fmt: TensorFormat) -> bool:
+    """Whether one number, found by calibration, can fix the range of a whole activation.
+
+    True with one scale per tensor, be it the scale of the group scales, which are then found per call (NVFP4).
+    """
+    return isinstance(fmt.outermost.granularity, PerTensor) and _is_uncentred(fmt)
+
+
+def _is_uncentred(fmt: TensorFormat) -> bool:
+    return fmt.offset is None and (fmt.scale is None or _is_uncentred(fmt.scale))
 
 
 def _weight_rule(fmt: TensorFormat, dynamic: bool | None, observer: ObserverSpec | None) -> SlotRule:

@@ -7,12 +7,12 @@ groups of 16, scaled by (E4M3, scaled per tensor by fp32). The type states facts
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
 from octavo.errors import UserError
-from octavo.spec.element import ELEMENTS, FP32, ElementFormat, IntFormat
+from octavo.spec.element import ELEMENTS, FP32, CodebookFormat, ElementFormat, IntFormat
 
 Shape = tuple[int, ...]
 
@@ -23,6 +23,8 @@ class ScaleRule(Enum):
     AMAX = "amax"  # amax / element.max, rounded to the scale's own format
     POWER_FLOOR = "power-floor"  # 2^(floor(log2 amax) - emax): OCP microscaling, may saturate
     POWER_CEIL = "power-ceil"  # 2^ceil(log2(amax / element.max)): never saturates
+    FULL_RANGE = "full-range"  # the value of largest magnitude gets the most negative code; scales may be negative
+    FOUR_OVER_SIX = "four-over-six"  # amax, or 1.5 times that, whichever has the smaller squared error
 
 
 class Ragged(Enum):
@@ -169,6 +171,9 @@ class TensorFormat:
         zero_point: Element format of the zero points of an asymmetric format; ``None``: symmetric.
         scale_rule: How scales follow from amax.
         ragged: What becomes of a last group that is not full.
+        top: Element value that amax is mapped to; ``None``: the element's largest. Below it leaves room, as NVFP4's
+            four-over-six does in its scales (256 of 448); above it lets the largest saturate (7.5 in INT4).
+        min_scale: Scales are not smaller than this.
     """
 
     element: ElementFormat
@@ -178,6 +183,8 @@ class TensorFormat:
     zero_point: IntFormat | None = None
     scale_rule: ScaleRule = ScaleRule.AMAX
     ragged: Ragged = Ragged.REFUSE
+    top: float | None = None
+    min_scale: float = 0.0
 
     def __post_init__(self) -> None:
         if self.zero_point is not None and not isinstance(self.element, IntFormat):
@@ -186,6 +193,21 @@ class TensorFormat:
             raise UserError(f"a zero point counts in whole codes, {self.element.name} in steps of {self.element.unit}")
         if self.scale is None and (self.zero_point is not None or self.offset is not None):
             raise UserError(f"{self.element.name} without scales has no zero point and no offset: give it scales")
+        if self.top is not None and not 0 < self.top < math.inf:
+            raise UserError(f"top={self.top}: amax is mapped to a positive value such as {self.element.max:g}")
+        if not 0 <= self.min_scale < math.inf:
+            raise UserError(f"min_scale={self.min_scale}: the smallest scale is a positive value, or 0 for no limit")
+        if self.zero_point is not None and (self.top is not None or self.scale_rule is not ScaleRule.AMAX):
+            raise UserError("an asymmetric format spreads its codes over [low, high]: it has no top and no other rule")
+        if self.scale_rule is ScaleRule.FULL_RANGE:
+            self._check_full_range()
+
+    def _check_full_range(self) -> None:
+        element, scale = self.element, self.scale
+        if not isinstance(element, IntFormat) or not element.is_signed or element.is_narrow or self.top is not None:
+            raise UserError(f"full-range is for signed integers with all their codes, without top: not {element.name}")
+        if scale is not None and not isinstance(scale.element, CodebookFormat) and not scale.element.is_signed:
+            raise UserError(f"full-range scales may be negative: {scale.element.name} cannot hold them")
 
     @property
     def is_symmetric(self) -> bool:
@@ -196,6 +218,28 @@ class TensorFormat:
     def is_plain(self) -> bool:
         """True for a tensor that is stored as it is, without scales."""
         return self.scale is None
+
+    @property
+    def is_nested(self) -> bool:
+        """True where the scales have scales again: NVFP4, double quantization."""
+        return self.scale is not None and not self.scale.is_plain
+
+    @property
+    def outermost(self) -> TensorFormat:
+        """The level whose scales are not scaled again: the format itself unless it is nested.
+
+        >>> from octavo.spec.formats import NVFP4
+        >>> str(NVFP4.outermost)
+        'e4m3 per tensor'
+        """
+        return self.scale.outermost if self.scale is not None and self.is_nested else self
+
+    @property
+    def top_value(self) -> float:
+        """The element value that the largest magnitude of a block is mapped to."""
+        if self.top is not None:
+            return self.top
+        return -self.element.min if self.scale_rule is ScaleRule.FULL_RANGE else self.element.max
 
     def stored_bytes(self, shape: Shape) -> int:
         """Bytes of codes, scales, offsets and zero points of a tensor of ``shape``; rows of codes end on a byte.
@@ -248,6 +292,10 @@ class TensorFormat:
             text += ", centred"
         if self.scale_rule is not ScaleRule.AMAX:
             text += f", {self.scale_rule.value}"
+        if self.top is not None:
+            text += f", amax at {self.top:g}"
+        if self.min_scale:
+            text += f", scales from {self.min_scale:g}"
         if self.scale is not None and self.scale != PLAIN_FP32:
             text += f", scales {self.scale}"
         return text
@@ -256,6 +304,7 @@ class TensorFormat:
         """The format as plain JSON values; ``from_dict`` reads it back."""
         kind = next(name for name, cls in _GRANULARITIES.items() if isinstance(self.granularity, cls))
         sizes = {name: getattr(self.granularity, name) for name in self.granularity.__slots__}
+        beyond = {name: value for name, value in (("top", self.top), ("min_scale", self.min_scale)) if value}
         return {
             "element": self.element.name,
             "granularity": {"kind": kind, **sizes},
@@ -264,6 +313,7 @@ class TensorFormat:
             "zero_point": self.zero_point.name if self.zero_point else None,
             "scale_rule": self.scale_rule.value,
             "ragged": self.ragged.value,
+            **beyond,
         }
 
     @classmethod
@@ -286,6 +336,8 @@ class TensorFormat:
                 zero_point=zero_point,
                 scale_rule=ScaleRule(data["scale_rule"]),
                 ragged=Ragged(data["ragged"]),
+                top=data.get("top"),
+                min_scale=data.get("min_scale", 0.0),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"not a tensor format: {data!r} ({type(error).__name__}: {error})") from error
@@ -294,7 +346,19 @@ class TensorFormat:
 PLAIN_FP32 = TensorFormat(FP32)
 
 
-def scaled(element: ElementFormat, granularity: Granularity, *, asymmetric: bool = False) -> TensorFormat:
+def scaled(
+    element: ElementFormat,
+    granularity: Granularity,
+    *,
+    asymmetric: bool = False,
+    rule: ScaleRule = ScaleRule.AMAX,
+    ragged: Ragged = Ragged.REFUSE,
+) -> TensorFormat:
     """``element`` with fp32 scales; with zero points of the same integers when ``asymmetric``."""
     zero_point = element if asymmetric and isinstance(element, IntFormat) else None
-    return TensorFormat(element, granularity, scale=PLAIN_FP32, zero_point=zero_point)
+    return TensorFormat(element, granularity, scale=PLAIN_FP32, zero_point=zero_point, scale_rule=rule, ragged=ragged)
+
+
+def one_level(fmt: TensorFormat) -> TensorFormat:
+    """``fmt`` with its scales as real numbers: the same values once the scales are given."""
+    return replace(fmt, scale=PLAIN_FP32)
