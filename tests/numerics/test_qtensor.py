@@ -179,6 +179,14 @@ def test_scales_may_be_given_as_numbers_or_as_they_are_stored():
         assert torch.equal(fake_quantize(x, fmt, scale=real), fake_quantize(x, fmt))
 
 
+def test_zero_points_are_stored_in_a_byte_whatever_dtype_they_were_given_in():
+    x, fmt = random((4, 64)), tensor_format("int4-group32-asymmetric")
+    q = quantize(x, fmt)
+    again = quantize(x, fmt, scale=q.scale, zero_point=q.zero_point.int())
+    assert again.zero_point.dtype == torch.int8
+    assert torch.equal(again.dequantize(), q.dequantize())
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

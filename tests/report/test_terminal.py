@@ -167,7 +167,7 @@ def test_a_run_without_a_plan_is_only_measured() -> None:
 def test_recipes_are_listed_with_aliases_and_a_sentence() -> None:
     text = " ".join(shown(terminal.recipes_table(presets())).split())
     assert "int4-group Weights of linear layers in INT4" in text
-    assert "(also int4-weight-only)" in text
+    assert "(also int4-weight-only, int4-group128)" in text
 
 
 def test_formats_are_listed_with_their_bits() -> None:

@@ -16,7 +16,36 @@ from octavo.spec.recipe import Calibration, Recipe, load_recipe, preset_names, p
 from octavo.spec.rule import Leave, Rule, slot_rule
 from octavo.spec.tensor_format import PLAIN_FP32, PerGroup, TensorFormat
 
-PRESETS = ("fp8", "fp8-attention", "fp8-dynamic", "int4-group", "int8", "int8-dynamic", "int8-weight-only")
+PRESETS = (
+    "fp8",
+    "fp8-attention",
+    "fp8-block",
+    "fp8-dynamic",
+    "int4-group",
+    "int4-group-asymmetric",
+    "int4-group-double-quant",
+    "int4-group-full-range",
+    "int4-group32",
+    "int4-group64",
+    "int8",
+    "int8-dynamic",
+    "int8-weight-only",
+    "mxfp4",
+    "mxfp4-weight-only",
+    "mxfp6",
+    "mxfp6-e2m3",
+    "mxfp8",
+    "mxint8",
+    "nf4",
+    "nf4-double-quant",
+    "nvfp4",
+    "nvfp4-four-over-six",
+    "nvfp4-weight-only",
+    "w4a4-int",
+    "w4a8",
+    "w4a8-mxfp4",
+    "w4a8-nvfp4",
+)
 
 
 def read(text: str) -> Recipe:

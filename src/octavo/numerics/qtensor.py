@@ -110,7 +110,8 @@ def quantize(
     if scale is None and not bool(_values(parts.scale).isfinite().all()):
         raise UserError(f"a tensor of shape {shape} holds NaN or infinite values: {fmt} has no range for them")
     codes = encode(from_blocks(_grid(x, fmt, parts), fmt.granularity, shape), fmt.element)
-    return QTensor(codes, parts.scale, fmt, shape, parts.zero_point, parts.offset)
+    points = None if parts.zero_point is None else parts.zero_point.to(_code_dtype(fmt.zero_point))
+    return QTensor(codes, parts.scale, fmt, shape, points, parts.offset)
 
 
 def fake_quantize(
@@ -326,6 +327,10 @@ def _block_mean(x: Tensor, fmt: TensorFormat) -> Tensor:
 
 def _values(part: Tensor | QTensor) -> Tensor:
     return part.dequantize() if isinstance(part, QTensor) else part
+
+
+def _code_dtype(element: IntFormat | None) -> torch.dtype:
+    return torch.int8 if element is not None and element.is_signed else torch.uint8
 
 
 def _packed_bytes(codes: Tensor, bits: int) -> int:

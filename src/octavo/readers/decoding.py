@@ -29,6 +29,16 @@ _NF4 = np.array(  # QLoRA, arXiv:2305.14314, appendix E
 )  # fmt: skip
 
 
+def _dynamic8() -> np.ndarray:
+    """Dettmers, arXiv:1511.04561: each decade below 1 in twice as many equal parts as the one before, their middles."""
+    edges = [np.linspace(0.1, 1, 2**decade + 1) * 10.0 ** (decade - 6) for decade in range(7)]
+    middles = np.concatenate([(parts[:-1] + parts[1:]) / 2 for parts in edges])
+    return np.sort(np.concatenate([-middles, middles, [0.0, 1.0]])).astype(np.float32)
+
+
+_CODEBOOKS = {"nf4": _NF4, "dynamic8": _dynamic8()}
+
+
 def decode_element(stored: np.ndarray, element: str, shape: tuple[int, ...]) -> np.ndarray:
     """Values of packed codes, fp32, of ``shape``.
 
@@ -48,8 +58,8 @@ def decode_element(stored: np.ndarray, element: str, shape: tuple[int, ...]) -> 
     codes = unpack_bits(stored, bits, shape)
     if element in _FLOATS:
         return codes.view(_FLOATS[element]).astype(np.float32)
-    if element == "nf4":
-        return _NF4[codes]
+    if element in _CODEBOOKS:
+        return np.asarray(_CODEBOOKS[element][codes])
     unit = np.float32(2.0**-6 if element == "mxint8-element" else 1)
     integers = codes if element.startswith("u") else sign_extend(codes, bits)
     return integers.astype(np.float32) * unit
@@ -64,7 +74,7 @@ def element_bits(element: str) -> int:
     integer = _INTEGER.fullmatch(element)
     if integer is not None:
         return int(integer[2])
-    known = {**_FLOAT_BITS, "nf4": 4, "mxint8-element": 8, "fp32": 32, "fp16": 16, "bf16": 16}
+    known = {**_FLOAT_BITS, "nf4": 4, "dynamic8": 8, "mxint8-element": 8, "fp32": 32, "fp16": 16, "bf16": 16}
     if element not in known:
         raise UserError(f"unknown element format {element!r}")
     return known[element]
