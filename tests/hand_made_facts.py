@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from octavo.spec.facts import ModelFacts, SiteFacts, Slot
+from octavo.spec.recipe import Recipe
 
 LAYER_SLOTS = (Slot.WEIGHT, Slot.INPUT, Slot.OUTPUT)
 ATTENTION_SLOTS = (Slot.QUERY, Slot.KEY, Slot.VALUE, Slot.SOFTMAX, Slot.ATTENTION_OUTPUT)
@@ -128,3 +129,9 @@ def mixture() -> ModelFacts:
         sites += [linear(f"{at}.mlp.experts.{expert}.{w}", 128, 64) for expert in range(4) for w in ("w1", "w3")]
     sites += [norm("model.norm", 64), linear("lm_head", 1000, 64, tied_to="model.embed_tokens")]
     return model("mixture", sites, type_name="MixtureForCausalLM")
+
+
+def fits(recipe: Recipe, facts: ModelFacts) -> bool:
+    """Whether the groups of a preset's first rule divide every linear layer."""
+    weight = next(spec for slot, spec in recipe.rules[0].action.items() if slot is Slot.WEIGHT).format
+    return not any(weight.misfit(site.weight_shape) for site in facts.sites if site.operation == "linear")

@@ -6,20 +6,28 @@ import dataclasses
 
 import pytest
 
-from hand_made_facts import clip, encoder, linear, mixture, model, norm
+from hand_made_facts import clip, encoder, fits, linear, mixture, model, norm
 from octavo.errors import UserError
 from octavo.spec.coverage import State, check_coverage
 from octavo.spec.facts import ModelFacts
-from octavo.spec.recipe import Recipe, load_recipe, presets
+from octavo.spec.recipe import Recipe, presets
 from octavo.spec.resolve import resolve
 
 INT8 = Recipe("mine", ()).quantize("operation:linear", weight="int8-channel")
 
 
-@pytest.mark.parametrize("facts", [clip(), encoder(), mixture()], ids=lambda facts: facts.model)
-@pytest.mark.parametrize("recipe", [recipe.name for recipe in presets() if "group" not in recipe.name])
-def test_the_rows_add_up_to_the_model(facts: ModelFacts, recipe: str) -> None:
-    plan = resolve(load_recipe(recipe), facts)
+MODELS = (clip(), encoder(), mixture())
+FITTING = [
+    pytest.param(facts, recipe, id=f"{recipe.name}-{facts.model}")
+    for recipe in presets()
+    for facts in MODELS
+    if fits(recipe, facts)
+]
+
+
+@pytest.mark.parametrize(("facts", "recipe"), FITTING)
+def test_the_rows_add_up_to_the_model(facts: ModelFacts, recipe: Recipe) -> None:
+    plan = resolve(recipe, facts)
     rows = plan.coverage()
     assert sum(row.num_parameters for row in rows) == facts.num_parameters
     assert sum(row.macs or 0 for row in rows) == sum(site.macs or 0 for site in facts.sites)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hand_made_facts import attention, clip, encoder, linear, mixture, model, norm
+from hand_made_facts import attention, clip, encoder, fits, linear, mixture, model, norm
 from octavo.errors import UserError
 from octavo.spec.facts import ModelFacts, SiteFacts, Slot
 from octavo.spec.plan import ObserverSpec
@@ -35,9 +35,7 @@ def refusal(recipe: Recipe, facts: ModelFacts = ENCODER) -> str:
 @pytest.mark.parametrize("name", preset_names())
 def test_every_site_of_every_preset_has_a_rule_or_a_reason(name: str, facts: ModelFacts) -> None:
     recipe = load_recipe(name)
-    weight = next(iter(recipe.rules[0].action.values())).format
-    linear = [site for site in facts.sites if site.operation == "linear"]
-    if any(weight.misfit(site.weight_shape) for site in linear):
+    if not fits(recipe, facts):
         assert "do not divide in_features" in refusal(recipe, facts)
         return
     plan = resolve(recipe, facts)

@@ -70,6 +70,10 @@ def describe(fmt: Mapping[str, Any]) -> str:
         text += ", centred"
     if fmt["scale_rule"] != "amax":
         text += f", {fmt['scale_rule']}"
+    if fmt.get("top"):
+        text += f", amax at {fmt['top']:g}"
+    if fmt.get("min_scale"):
+        text += f", scales from {fmt['min_scale']:g}"
     scales = describe(fmt["scale"])
     return text if scales == "fp32" else f"{text}, scales {scales}"
 
