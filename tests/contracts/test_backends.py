@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import pytest
 import torch
 
+from octavo.backends.codes import pack
 from octavo.backends.native import LIBRARY
 from octavo.backends.simulate import BACKENDS, fake_quantize, format_key, range_of
-from octavo.numerics import qtensor
+from octavo.numerics import packing, qtensor, scaling
 from octavo.spec.formats import FORMATS
-from octavo.spec.tensor_format import TensorFormat
+from octavo.spec.tensor_format import (
+    Granularity,
+    PerChannel,
+    PerFlatGroup,
+    PerGroup,
+    PerTensor,
+    PerTile,
+    PerToken,
+    TensorFormat,
+    one_level,
+)
 
+GRANULARITIES = [
+    PerTensor(), PerChannel(), PerChannel(0), PerToken(), PerGroup(16), PerGroup(32), PerGroup(7), PerGroup(300),
+    PerFlatGroup(64), PerFlatGroup(5), PerTile(4, 8), PerTile(5, 300),
+]  # fmt: skip
+SHAPES = [(16, 256), (3, 5, 100), (1, 1)]
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 pairs = pytest.mark.parametrize(
     ("backend", "fmt"), [pytest.param(b, f, id=f"{b.name}-{name}") for b in BACKENDS for name, f in FORMATS.items()]
@@ -40,10 +59,54 @@ def test_the_same_bits_as_numerics(backend, fmt: TensorFormat, dtype: torch.dtyp
         assert support.reason
         return
     scale, zero_point = range_of(x, fmt)
-    for shrunk in (scale, scale / 128):  # a power of two: stored scales stay on their grid
+    plain = one_level(fmt)  # scales are given as they are stored: numerics shall not round them again
+    for shrunk in (scale, scale / 128):
         found = backend.fake_quantize(x, fmt, shrunk, zero_point)
-        expected = qtensor.fake_quantize(x, fmt, scale=shrunk, zero_point=zero_point)
+        expected = qtensor.fake_quantize(x, plain, scale=shrunk, zero_point=zero_point)
         assert torch.equal(found.view(BITS[dtype]), expected.view(BITS[dtype]))
+        expected = qtensor.quantize(x, plain, scale=shrunk, zero_point=zero_point).codes
+        codes = backend.codes(x, fmt, shrunk, zero_point)
+        assert codes.dtype == expected.dtype
+        assert torch.equal(codes, expected)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+def test_the_same_ranges_as_numerics(backend, granularity: Granularity) -> None:
+    for dtype, shape in itertools.product(BITS, SHAPES):
+        x = values(dtype).flatten()[: math.prod(shape)].view(shape).clamp(-6e4, 6e4)
+        for poisoned in (x, x.index_fill(-1, torch.tensor([shape[-1] - 1]), torch.nan)):
+            assert_equal(backend.amax(poisoned, granularity), scaling.amax(poisoned, granularity))
+            for found, expected in zip(
+                backend.min_max(poisoned, granularity), scaling.min_max(poisoned, granularity), strict=True
+            ):
+                assert_equal(found, expected)
+
+
+@pairs
+def test_a_weight_s_codes_scales_and_bytes_are_those_of_numerics(backend, fmt: TensorFormat) -> None:
+    x = values(torch.float32).clamp(-1e3, 1e3)
+    if not backend.supports(x, fmt).ok:
+        return
+    found, expected = qtensor.quantize(x, fmt, loops=backend), qtensor.quantize(x, fmt)
+    assert torch.equal(found.codes, expected.codes)
+    assert_equal(found.dequantize(), expected.dequantize())
+    if fmt.element.bits <= 8:
+        assert torch.equal(pack(found.codes, fmt.element.bits), packing.pack(expected.codes, fmt.element.bits))
+
+
+@pairs
+def test_a_calibrated_outer_scale_gives_the_bits_of_numerics(backend, fmt: TensorFormat) -> None:
+    x = values(torch.float32).clamp(-1e3, 1e3)
+    if not fmt.is_nested or fmt.scale.outermost.granularity != PerTensor() or not backend.supports(x, fmt).ok:
+        return
+    outer = scaling.outer_scale_from_amax(torch.tensor(2e3), fmt)
+    found = qtensor.fake_quantize(x, fmt, outer_scale=outer, loops=backend)
+    assert_equal(found, qtensor.fake_quantize(x, fmt, outer_scale=outer))
+
+
+def assert_equal(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pairs

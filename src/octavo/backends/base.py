@@ -7,6 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from octavo.numerics.loops import Loops
 from octavo.spec.tensor_format import TensorFormat
 
 
@@ -18,21 +19,11 @@ class Support:
     reason: str = ""
 
 
-class Backend(Protocol):
-    """Rounds tensors as ``numerics.qtensor.fake_quantize`` does, bit for bit, only faster."""
+class Backend(Loops, Protocol):
+    """``numerics.loops.Loops`` bit for bit, only faster, for what it supports."""
 
     name: str
 
     def supports(self, x: Tensor, fmt: TensorFormat) -> Support:
-        """Whether ``fake_quantize`` takes ``x`` in ``fmt``."""
-        ...
-
-    def fake_quantize(self, x: Tensor, fmt: TensorFormat, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-        """Real values to real values on the grid.
-
-        Args:
-            x: Any shape, floating point.
-            scale: fp32, of ``fmt.granularity.scale_shape(x.shape)``.
-            zero_point: Integers of the scale's shape, ``None`` when symmetric.
-        """
+        """Whether the loops take ``x`` in ``fmt``. Asked anew at every tensor: the answer may change."""
         ...

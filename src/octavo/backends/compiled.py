@@ -82,8 +82,8 @@ class CompiledBackend:
         """Every scaled format of an element of at most 8 bits, for tensors in this machine's memory."""
         if x.device.type != "cpu" or not x.is_floating_point() or x.dtype is torch.float64:
             return Support(False, f"compiled loops take fp32, bf16 and fp16 on a CPU, not {x.dtype} on {x.device}")
-        if fmt.scale is None or not fmt.scale.is_plain or fmt.offset is not None:
-            return Support(False, f"{fmt} has scales that are quantized in turn")
+        if fmt.scale is None or fmt.offset is not None:
+            return Support(False, f"{fmt} has no scales, or an offset")
         if not _is_known(fmt.element):
             return Support(False, f"there is no compiled loop for {fmt.element.name}")
         if LIBRARY.get() is None:
@@ -91,7 +91,7 @@ class CompiledBackend:
         return Support(True)
 
     def amax(self, x: Tensor, granularity: Granularity) -> Tensor:
-        """See ``Backend.amax``."""
+        """See ``Loops.amax``."""
         x, dtype = _readable(x)
         blocks = _blocks(tuple(x.shape), granularity)
         out = torch.empty(blocks.num_rows, blocks.num_groups)
@@ -105,7 +105,7 @@ class CompiledBackend:
                 return _as_scales(out, tuple(x.shape), granularity)
 
     def min_max(self, x: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:
-        """See ``Backend.min_max``."""
+        """See ``Loops.min_max``."""
         x, dtype = _readable(x)
         blocks = _blocks(tuple(x.shape), granularity)
         low, high = torch.empty(2, blocks.num_rows, blocks.num_groups)
@@ -121,29 +121,18 @@ class CompiledBackend:
                 return _as_scales(low, shape, granularity), _as_scales(high, shape, granularity)
 
     def fake_quantize(self, x: Tensor, fmt: TensorFormat, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-        """See ``Backend.fake_quantize``."""
+        """See ``Loops.fake_quantize``."""
         values, dtype = _readable(x)
         out = torch.empty_like(values)
         self._round("octavo_fake_quantize", (values, dtype, out), fmt, (scale, zero_point))
         return out.to(x.dtype)
 
     def codes(self, x: Tensor, fmt: TensorFormat, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-        """See ``Backend.codes``."""
+        """See ``Loops.codes``."""
         values, dtype = _readable(x)
         is_signed = isinstance(fmt.element, IntFormat) and fmt.element.is_signed
         out = torch.empty(values.shape, dtype=torch.int8 if is_signed else torch.uint8)
         self._round("octavo_codes", (values, dtype, out), fmt, (scale, zero_point))
-        return out
-
-    def pack(self, codes: Tensor, bits: int) -> Tensor:
-        """See ``Backend.pack``."""
-        if bits == 8:
-            return codes.view(torch.uint8)
-        codes = codes.contiguous()
-        width = codes.shape[-1]
-        out = torch.empty((*codes.shape[:-1], math.ceil(width * bits / 8)), dtype=torch.uint8)
-        rows = codes.numel() // max(1, width)
-        _function("octavo_pack")(codes.data_ptr(), out.data_ptr(), rows, width, bits, _threads())
         return out
 
     def _round(
@@ -157,6 +146,17 @@ class CompiledBackend:
         assert scale is not None
         pointers = (x.data_ptr(), out.data_ptr(), scale.data_ptr(), None if zero is None else zero.data_ptr())
         _function(function)(dtype, *pointers, _element(fmt.element), _blocks(shape, fmt.granularity), _threads())
+
+
+def pack(codes: Tensor, bits: int) -> Tensor | None:
+    """``numerics.packing.pack``; ``None`` where the compiled loops cannot do it."""
+    if codes.device.type != "cpu" or not codes.numel() or not 1 <= bits < 8 or LIBRARY.get() is None:
+        return None
+    codes, width = codes.contiguous(), codes.shape[-1]
+    out = torch.empty((*codes.shape[:-1], math.ceil(width * bits / 8)), dtype=torch.uint8)
+    pointers = codes.data_ptr(), out.data_ptr()
+    _function("octavo_pack")(*pointers, codes.numel() // width, width, bits, _threads())
+    return out
 
 
 def _is_known(element: ElementFormat) -> bool:

@@ -1,4 +1,4 @@
-"""Rounding by a handful of in-place passes over one buffer, on any device.
+"""Rounding by a handful of in-place passes over pieces that stay in the cache, on any device.
 
 A cast to float8 and back, or torch's own fake-quantize, costs four to fifteen times as much on CPU.
 """
@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from octavo.backends.base import Support
+from octavo.numerics import scaling
+from octavo.numerics.codec import encode, round_owned
 from octavo.numerics.scaling import divisor, expand_scale, from_blocks, to_blocks
-from octavo.spec.element import FloatFormat, IntFormat
-from octavo.spec.tensor_format import TensorFormat
+from octavo.spec.element import CodebookFormat, ElementFormat, FloatFormat, IntFormat
+from octavo.spec.tensor_format import Granularity, PerTile, TensorFormat
 
 _FP32_EXPONENT_MASK = 0x7F800000
 _FP32_MANTISSA_BITS = 23
@@ -21,61 +23,103 @@ _INTEGER_MAGIC = 1.5 * 2.0**23
 _INTEGER_LIMIT = 2.0**20  # far outside of any code, and small enough for the magic number
 _PART = 1 << 17  # values rounded at a time on a CPU: they and their powers of two stay in the cache
 
+_Part = tuple[Tensor, Tensor, Tensor, Tensor | None]
+
 
 class InPlaceBackend:
-    """Integers and small floats with plain fp32 scales, computed in fp32."""
+    """Integers, small floats and codebooks, computed in fp32."""
 
     name = "in-place"
 
     def supports(self, x: Tensor, fmt: TensorFormat) -> Support:
-        """Every scaled format of an integer or a float of at most 8 bits whose scales are fp32."""
-        if fmt.scale is None or not fmt.scale.is_plain or fmt.offset is not None:
-            return Support(False, f"{fmt} has scales that are quantized in turn")
+        """Every scaled format of an element of at most 8 bits."""
+        if fmt.scale is None or fmt.offset is not None:
+            return Support(False, f"{fmt} has no scales, or an offset")
         match fmt.element:
-            case IntFormat(unit=1.0):
+            case IntFormat() | CodebookFormat():
                 return Support(True)
-            case FloatFormat(bits=bits, mantissa_bits=mantissa) if bits <= 8 and mantissa > 0:
+            case FloatFormat(bits=bits, mantissa_bits=mantissa, is_signed=True) if bits <= 8 and mantissa > 0:
                 return Support(True)
             case _:
-                return Support(False, f"{fmt.element.name} is not an integer or a small float")
+                return Support(False, f"{fmt.element.name} is not an integer, a small float or a codebook")
+
+    def amax(self, x: Tensor, granularity: Granularity) -> Tensor:
+        """See ``Loops.amax``."""
+        return scaling.amax(x, granularity)
+
+    def min_max(self, x: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:
+        """See ``Loops.min_max``."""
+        return scaling.min_max(x, granularity)
 
     def fake_quantize(self, x: Tensor, fmt: TensorFormat, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-        """See ``Backend.fake_quantize``."""
-        shape = tuple(x.shape)
-        blocks, _ = to_blocks(x, fmt.granularity)
+        """See ``Loops.fake_quantize``."""
+        blocks, _ = to_blocks(x.detach(), fmt.granularity)
         values = torch.empty_like(blocks, dtype=torch.float32)
-        scale = expand_scale(scale, fmt.granularity, shape)
-        safe = divisor(scale)
-        shift = None if zero_point is None else expand_scale(zero_point.float(), fmt.granularity, shape)
-        for source, part in _parts(blocks, values) if scale.ndim == 0 else ((blocks, values),):
-            part.copy_(source).div_(safe)
-            match fmt.element:
-                case IntFormat() as element:
-                    _round_integers(part, element, shift)
-                case FloatFormat() as element:
-                    _round_floats(part, element)
-                    part.copysign_(source)  # what rounds to zero keeps its sign, as in hardware
-            part.mul_(scale)
-        return from_blocks(values, fmt.granularity, shape).to(x.dtype)
+        for source, part, factor, shift in _parts((blocks, values), fmt, scale, zero_point):
+            part.copy_(source).div_(divisor(factor))
+            rounded = _rounded(part, fmt.element, shift)
+            if shift is not None:
+                rounded.sub_(shift)
+            torch.mul(rounded, factor, out=part)
+        return from_blocks(values, fmt.granularity, tuple(x.shape)).to(x.dtype)
+
+    def codes(self, x: Tensor, fmt: TensorFormat, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+        """See ``Loops.codes``."""
+        blocks, _ = to_blocks(x.detach(), fmt.granularity)
+        is_signed = isinstance(fmt.element, IntFormat) and fmt.element.is_signed
+        codes = torch.empty_like(blocks, dtype=torch.int8 if is_signed else torch.uint8)
+        for source, part, factor, shift in _parts((blocks, codes), fmt, scale, zero_point):
+            values = source.to(torch.float32, copy=True).div_(divisor(factor))
+            part.copy_(encode(_rounded(values, fmt.element, shift), fmt.element))
+        return from_blocks(codes, fmt.granularity, tuple(x.shape))
 
 
-def _parts(source: Tensor, target: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-    """Views that together are all of both, which have one shape."""
-    if all(x.device.type == "cpu" and x.is_contiguous() for x in (source, target)):
-        return zip(source.view(-1).split(_PART), target.view(-1).split(_PART), strict=True)
-    return ((source, target),)
+def _parts(pair: tuple[Tensor, Tensor], fmt: TensorFormat, scale: Tensor, zero_point: Tensor | None) -> Iterable[_Part]:
+    """Pieces of a source, of a target and of what scales them, which broadcast; together they are all of both."""
+    source, target = pair
+    shift = None if zero_point is None else zero_point.float()
+    in_memory = all(x.device.type == "cpu" and x.is_contiguous() for x in pair)
+    if not in_memory or isinstance(fmt.granularity, PerTile):
+        shape = tuple(source.shape)
+        wide = None if shift is None else expand_scale(shift, fmt.granularity, shape)
+        return [(source, target, expand_scale(scale, fmt.granularity, shape), wide)]
+    if scale.ndim == 0:
+        pieces = zip(source.view(-1).split(_PART), target.view(-1).split(_PART), strict=True)
+        return ((one, other, scale, shift) for one, other in pieces)
+    # Elsewhere the axes of the scales lead: one row for each of them.
+    rows = scale.numel()
+    num_rows = max(1, _PART // (source.numel() // rows))
+    sources, targets, factors = (x.reshape(rows, -1).split(num_rows) for x in (source, target, scale))
+    shifts = [None] * len(sources) if shift is None else shift.view(rows, 1).split(num_rows)
+    return zip(sources, targets, factors, shifts, strict=True)
 
 
-def _round_integers(values: Tensor, element: IntFormat, zero_point: Tensor | None) -> None:
+def _rounded(values: Tensor, element: ElementFormat, shift: Tensor | None) -> Tensor:
+    """Values of ``element``, zero point included; ``values`` may be overwritten.
+
+    Args:
+        values: fp32, divided by their scales.
+        element: The element format.
+        shift: Zero points.
+    """
+    match element:
+        case IntFormat() if shift is not None or element.unit == 1:
+            return _round_integers(values, element, shift)
+        case FloatFormat():
+            return _round_floats(values, element)
+        case _:
+            return round_owned(values, element)
+
+
+def _round_integers(values: Tensor, element: IntFormat, zero_point: Tensor | None) -> Tensor:
     """Round to nearest even by adding and subtracting 1.5 * 2^23, which unlike ``round_`` leaves no negative zero."""
     if zero_point is None:
-        values.clamp_(element.min_code, element.max_code).add_(_INTEGER_MAGIC).sub_(_INTEGER_MAGIC)
-    else:
-        values.clamp_(-_INTEGER_LIMIT, _INTEGER_LIMIT).add_(_INTEGER_MAGIC).sub_(_INTEGER_MAGIC)
-        values.add_(zero_point).clamp_(element.min_code, element.max_code).sub_(zero_point)
+        return values.clamp_(element.min_code, element.max_code).add_(_INTEGER_MAGIC).sub_(_INTEGER_MAGIC)
+    values.clamp_(-_INTEGER_LIMIT, _INTEGER_LIMIT).add_(_INTEGER_MAGIC).sub_(_INTEGER_MAGIC)
+    return values.add_(zero_point).clamp_(element.min_code, element.max_code)
 
 
-def _round_floats(values: Tensor, element: FloatFormat) -> None:
+def _round_floats(values: Tensor, element: FloatFormat) -> Tensor:
     """Round to nearest even by adding and subtracting 1.5 * 2^k.
 
     In the binade of that constant one unit in the last place is 2^(k-23): k is chosen per value so that this is
@@ -86,4 +130,5 @@ def _round_floats(values: Tensor, element: FloatFormat) -> None:
     powers.clamp_(min=2.0**element.min_exponent)
     factor = 1.5 * 2.0 ** (_FP32_MANTISSA_BITS - element.mantissa_bits)
     # factor * powers is exact, so it does not matter whether product and sum are fused
-    values.add_(powers, alpha=factor).sub_(powers, alpha=factor)
+    rounded = torch.add(values, powers, alpha=factor).sub_(powers, alpha=factor)
+    return rounded.copysign_(values)  # what rounds to zero keeps its sign, as in hardware

@@ -62,17 +62,17 @@ def _compute(x: Tensor, scale: Tensor | None, zero_point: Tensor | None, format:
 
 def _fastest(x: Tensor, scale: Tensor | None, zero_point: Tensor | None, format: str) -> Tensor:
     fmt = _format(format)
-    backend = next((b for b in BACKENDS if b.supports(x, fmt).ok), None)
-    if backend is None or x.numel() == 0:
-        return qtensor.fake_quantize(x, fmt, outer_scale=scale, zero_point=zero_point)
-    if scale is None:
-        scale, zero_point = range_of(x, fmt)
-    return backend.fake_quantize(x, fmt, scale, zero_point)
+    return qtensor.fake_quantize(x, fmt, outer_scale=scale, zero_point=zero_point, loops=loops_for(x, fmt))
+
+
+def loops_for(x: Tensor, fmt: TensorFormat) -> Backend | None:
+    """The first backend that takes ``x`` in ``fmt``; ``None``: ``numerics`` alone."""
+    return next((backend for backend in BACKENDS if backend.supports(x, fmt).ok), None)
 
 
 def range_of(x: Tensor, fmt: TensorFormat) -> tuple[Tensor, Tensor | None]:
     """Scale as stored and zero point (``None`` when symmetric) that cover all of ``x``, of the format's scale shape."""
-    return qtensor.stored_scale(x, fmt)
+    return qtensor.stored_scale(x, fmt, loops=loops_for(x, fmt))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

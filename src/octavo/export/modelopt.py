@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from octavo.backends.codes import pack
 from octavo.errors import UserError
 from octavo.export.checkpoint import write_json, written_checkpoint
 from octavo.export.companions import read_json
@@ -24,7 +25,6 @@ from octavo.export.modelopt_labels import (
 )
 from octavo.export.shards import ShardWriter
 from octavo.export.views import channel_scale_to_parameter, to_parameter
-from octavo.numerics.packing import pack
 from octavo.numerics.qtensor import QTensor
 from octavo.numerics.snapshot import LayerSnapshot, Snapshot
 from octavo.spec.facts import Slot

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from octavo.backends.codes import pack
 from octavo.errors import UserError
-from octavo.numerics.packing import pack, unpack
+from octavo.numerics.packing import unpack
 from octavo.numerics.qtensor import QTensor
 from octavo.spec.element import ElementFormat, IntFormat
 from octavo.spec.tensor_format import PLAIN_FP32, Shape, TensorFormat

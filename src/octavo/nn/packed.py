@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from octavo.numerics.packing import pack, unpack
+from octavo.backends.codes import pack
+from octavo.numerics.packing import unpack
 from octavo.numerics.qtensor import QTensor, quantize_scale
 from octavo.spec.element import IntFormat
 from octavo.spec.tensor_format import Shape, TensorFormat

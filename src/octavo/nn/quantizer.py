@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from octavo.backends.codes import quantize
 from octavo.backends.simulate import fake_quantize, format_key, range_of
 from octavo.errors import UserError
 from octavo.nn.packed import PackedTensor, blank_scale
 from octavo.nn.views import WeightView
 from octavo.numerics.observers import NotFiniteError, Observer, make_observer
-from octavo.numerics.qtensor import QTensor, quantize, quantize_scale
+from octavo.numerics.qtensor import QTensor, quantize_scale
 from octavo.numerics.scaling import outer_scale_from_amax, scale_from_range, search_scale
 from octavo.spec.plan import QuantizerSpec
 from octavo.spec.tensor_format import one_level

@@ -7,7 +7,7 @@ grid. The first names the grid points, the second only looks at them.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from octavo.errors import UserError
 from octavo.numerics.codec import decode, encode, round_owned, round_to
+from octavo.numerics.loops import Loops
 from octavo.numerics.scaling import (
     amax,
     divisor,
@@ -24,12 +25,11 @@ from octavo.numerics.scaling import (
     outer_scale_from_amax,
     scale_from_amax,
     scale_from_range,
-    scale_of,
     to_blocks,
     zero_point_from,
 )
 from octavo.spec.element import FloatFormat, IntFormat
-from octavo.spec.tensor_format import PLAIN_FP32, ScaleRule, Shape, TensorFormat
+from octavo.spec.tensor_format import PLAIN_FP32, Granularity, ScaleRule, Shape, TensorFormat
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,6 +80,7 @@ def quantize(
     scale: Tensor | QTensor | None = None,
     zero_point: Tensor | None = None,
     outer_scale: Tensor | None = None,
+    loops: Loops | None = None,
 ) -> QTensor:
     """``x`` in ``fmt``.
 
@@ -91,6 +92,7 @@ def quantize(
         outer_scale: Scales of ``fmt.outermost`` where the levels below are found from ``x`` (or rounded from a
             real-valued ``scale``): the calibrated one of an NVFP4 activation. The same as ``scale`` where the format
             is not nested.
+        loops: A faster way to the same bits, for this tensor and format.
 
     Raises:
         UserError: the format does not fit the shape, ``scale`` and ``zero_point`` do not fit the format, or ``x``
@@ -106,10 +108,10 @@ def quantize(
     shape = tuple(x.shape)
     if fmt.scale is None:
         return QTensor(encode(round_to(x, fmt.element), fmt.element), None, fmt, shape)
-    parts = _find_parts(x, fmt, _Given(scale, zero_point, outer_scale), quantize_scale)
+    parts = _find_parts(x, fmt, _Given(scale, zero_point, outer_scale, loops), quantize_scale)
     if scale is None and not bool(_values(parts.scale).isfinite().all()):
         raise UserError(f"a tensor of shape {shape} holds NaN or infinite values: {fmt} has no range for them")
-    codes = encode(from_blocks(_grid(x, fmt, parts), fmt.granularity, shape), fmt.element)
+    codes = _codes(x, fmt, parts, loops)
     points = None if parts.zero_point is None else parts.zero_point.to(_code_dtype(fmt.zero_point))
     return QTensor(codes, parts.scale, fmt, shape, points, parts.offset)
 
@@ -121,6 +123,7 @@ def fake_quantize(
     scale: Tensor | QTensor | None = None,
     zero_point: Tensor | None = None,
     outer_scale: Tensor | None = None,
+    loops: Loops | None = None,
 ) -> Tensor:
     """``quantize(x, ...).dequantize(x.dtype)``, bit for bit, without building codes.
 
@@ -132,8 +135,8 @@ def fake_quantize(
     _check_fit(x, fmt, scale, zero_point)
     if fmt.scale is None:
         return round_to(x, fmt.element).to(x.dtype)
-    parts = _find_parts(x, fmt, _Given(scale, zero_point, outer_scale), _fake_quantize_scale)
-    return _real(_grid(x, fmt, parts), fmt, tuple(x.shape), parts).to(x.dtype)
+    parts = _find_parts(x, fmt, _Given(scale, zero_point, outer_scale, loops), _fake_quantize_scale)
+    return _simulated(x, fmt, parts, loops)
 
 
 def quantize_scale(
@@ -150,12 +153,12 @@ def quantize_scale(
     return quantize(_floored(values, fmt, scale, outer_scale), fmt, scale=scale, outer_scale=outer_scale)
 
 
-def stored_scale(x: Tensor, fmt: TensorFormat) -> tuple[Tensor, Tensor | None]:
+def stored_scale(x: Tensor, fmt: TensorFormat, *, loops: Loops | None = None) -> tuple[Tensor, Tensor | None]:
     """Scales that cover ``x``, as real values on the grid of their own format, and zero points (or ``None``).
 
     ``fake_quantize(x, fmt, scale=...)`` with them gives the bits of ``fake_quantize(x, fmt)``.
     """
-    parts = _find_parts(x, fmt, _Given(), _fake_quantize_scale)
+    parts = _find_parts(x, fmt, _Given(loops=loops), _fake_quantize_scale)
     return _values(parts.scale), parts.zero_point
 
 
@@ -173,6 +176,13 @@ class _Given:
     scale: Tensor | QTensor | None = None
     zero_point: Tensor | None = None
     outer: Tensor | None = None
+    loops: Loops | None = None
+
+    def amax(self, x: Tensor, granularity: Granularity) -> Tensor:
+        return amax(x, granularity) if self.loops is None or not x.numel() else self.loops.amax(x, granularity)
+
+    def min_max(self, x: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:
+        return min_max(x, granularity) if self.loops is None or not x.numel() else self.loops.min_max(x, granularity)
 
 
 class _Store(Protocol):
@@ -243,22 +253,24 @@ def _find_parts(x: Tensor, fmt: TensorFormat, given: _Given, store: _Store) -> _
         return _Parts(store(scale.detach(), fmt.scale, outer_scale=given.outer), given.zero_point, offset)
     centred = x if offset is None else _minus(x, offset, fmt)
     if fmt.zero_point is None:
-        return _Parts(_found_scale(centred, fmt, given.outer, store), None, offset)
-    low, high = min_max(centred, fmt.granularity)
+        return _Parts(_found_scale(centred, fmt, given, store), None, offset)
+    low, high = given.min_max(centred, fmt.granularity)
     stored = store(scale_from_range(low, high, fmt)[0], fmt.scale, outer_scale=given.outer)
     return _Parts(stored, zero_point_from(low, _values(stored), fmt), offset)
 
 
-def _found_scale(x: Tensor, fmt: TensorFormat, outer: Tensor | None, store: _Store) -> Tensor | QTensor:
+def _found_scale(x: Tensor, fmt: TensorFormat, given: _Given, store: _Store) -> Tensor | QTensor:
     assert fmt.scale is not None
+    outer = given.outer
     if fmt.scale_rule is ScaleRule.FULL_RANGE:
-        return store(scale_of(x, fmt)[0], fmt.scale, outer_scale=outer)
-    amaxes = amax(x, fmt.granularity)
+        values, _ = scale_from_range(*given.min_max(x, fmt.granularity), fmt)
+        return store(values, fmt.scale, outer_scale=outer)
+    amaxes = given.amax(x, fmt.granularity)
     if outer is None and fmt.is_nested and _is_chained(fmt.scale):
         outer = _found_outer(amaxes, fmt)
     values = scale_from_amax(amaxes, fmt)
     if fmt.scale_rule is ScaleRule.FOUR_OVER_SIX:
-        values = _four_over_six(x, fmt, values, outer)
+        values = _four_over_six(x, fmt, values, replace(given, outer=outer))
     return store(values, fmt.scale, outer_scale=outer)
 
 
@@ -275,19 +287,30 @@ def _found_outer(amaxes: Tensor, fmt: TensorFormat) -> Tensor:
     return outer_scale_from_amax(amaxes, fmt)
 
 
-def _four_over_six(x: Tensor, fmt: TensorFormat, six: Tensor, outer: Tensor | None) -> Tensor:
+def _four_over_six(x: Tensor, fmt: TensorFormat, six: Tensor, given: _Given) -> Tensor:
     """Real-valued scales: amax on 6, or on 4, where levels lie closer, whichever has the smaller squared error.
 
     Four Over Six (arXiv:2512.02010); errors are those of the scales as stored, and a tie keeps 6.
     """
     assert fmt.scale is not None
-    shape, errors = tuple(x.shape), []
-    target, dims = to_blocks(x.detach().float(), fmt.granularity)
+    x, errors = x.detach().float(), []
     for values in (six, four := six * 1.5):
-        parts = _Parts(_fake_quantize_scale(values, fmt.scale, outer_scale=outer), None, None)
-        grid = _grid(x, fmt, parts).mul_(expand_scale(_values(parts.scale), fmt.granularity, shape))
-        errors.append(grid.sub_(target).square_().sum(dims) if dims else grid.sub_(target).square_())
+        parts = _Parts(_fake_quantize_scale(values, fmt.scale, outer_scale=given.outer), None, None)
+        error, dims = to_blocks(_simulated(x, fmt, parts, given.loops).sub_(x).square_(), fmt.granularity)
+        errors.append(error.sum(dims) if dims else error)
     return torch.where(errors[1] < errors[0], four, six)
+
+
+def _simulated(x: Tensor, fmt: TensorFormat, parts: _Parts, loops: Loops | None) -> Tensor:
+    if loops is not None and parts.offset is None and x.numel():
+        return loops.fake_quantize(x, fmt, _values(parts.scale), parts.zero_point)
+    return _real(_grid(x, fmt, parts), fmt, tuple(x.shape), parts).to(x.dtype)
+
+
+def _codes(x: Tensor, fmt: TensorFormat, parts: _Parts, loops: Loops | None) -> Tensor:
+    if loops is not None and parts.offset is None and x.numel():
+        return loops.codes(x, fmt, _values(parts.scale), parts.zero_point)
+    return encode(from_blocks(_grid(x, fmt, parts), fmt.granularity, tuple(x.shape)), fmt.element)
 
 
 def _grid(x: Tensor, fmt: TensorFormat, parts: _Parts) -> Tensor:

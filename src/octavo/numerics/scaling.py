@@ -208,13 +208,6 @@ def scale_from_range(low: Tensor, high: Tensor, fmt: TensorFormat) -> tuple[Tens
     return scale, zero_point_from(low, scale, fmt)
 
 
-def scale_of(x: Tensor, fmt: TensorFormat) -> tuple[Tensor, Tensor | None]:
-    """Real-valued scales of the scale's shape that cover all of ``x``, and zero points (``None`` when symmetric)."""
-    if fmt.zero_point is None and fmt.scale_rule is not ScaleRule.FULL_RANGE:
-        return scale_from_amax(amax(x, fmt.granularity), fmt), None
-    return scale_from_range(*min_max(x, fmt.granularity), fmt)
-
-
 def zero_point_from(low: Tensor, scale: Tensor, fmt: TensorFormat) -> Tensor:
     """The code of 0 when ``low``, at most 0, gets the smallest code: rounded and clamped, int8 or uint8."""
     assert fmt.zero_point is not None, "only asymmetric formats have zero points"
