@@ -34,7 +34,8 @@ from octavo.spec.tensor_format import (
 )  # fmt: skip
 
 BEYOND = {
-    "fp8-tiles": scaled(E4M3, PerTile(24, 40)),
+    "fp8-tiles": scaled(E4M3, PerTile(24, 40), ragged=Ragged.PAD),
+    "thirds": TensorFormat(CodebookFormat("thirds", (-1.0, -1 / 3, 0.0, 1 / 3, 1.0)), PerGroup(32), scale=PLAIN_FP32),
     "int8-scales-from": TensorFormat(INT8, PerToken(), scale=PLAIN_FP32, min_scale=1e-3),
     "int4-beyond-top": TensorFormat(INT4, PerGroup(32), scale=PLAIN_FP32, top=7.5),
     "int8-narrow": scaled(INT8_NARROW, PerChannel(0)),

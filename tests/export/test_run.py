@@ -43,7 +43,7 @@ RECURSIVE = {
         PerFlatGroup(64),
         scale=TensorFormat(INT8, PerFlatGroup(256), scale=PLAIN_FP32, offset=PLAIN_FP32),
     ),
-    "tiles": scaled(INT8, PerTile(3, 50)),
+    "tiles": scaled(INT8, PerTile(3, 50), ragged=Ragged.PAD),
     "ragged": TensorFormat(INT8, PerGroup(48), scale=PLAIN_FP32, ragged=Ragged.PAD),
     "scale per tensor of codes": TensorFormat(INT8, PerTensor(), scale=TensorFormat(E8M0)),
 }

@@ -10,7 +10,16 @@ from octavo.numerics.codec import decode
 from octavo.numerics.qtensor import QTensor, fake_quantize, quantize, quantize_scale
 from octavo.spec.element import E2M1, E4M3, E8M0, FP16, INT8, NF4
 from octavo.spec.formats import FORMATS, NVFP4, tensor_format
-from octavo.spec.tensor_format import PLAIN_FP32, PerFlatGroup, PerGroup, PerTile, ScaleRule, TensorFormat, scaled
+from octavo.spec.tensor_format import (
+    PLAIN_FP32,
+    PerFlatGroup,
+    PerGroup,
+    PerTile,
+    Ragged,
+    ScaleRule,
+    TensorFormat,
+    scaled,
+)
 
 
 def random(shape, seed: int = 0) -> torch.Tensor:
@@ -90,7 +99,7 @@ def test_fp8_tiles_agree_with_compressed_tensors_also_where_they_are_not_full():
     quantization = pytest.importorskip("compressed_tensors.quantization")
     forward = pytest.importorskip("compressed_tensors.quantization.lifecycle.forward")
     x = random((40, 50))
-    q = quantize(x, scaled(E4M3, PerTile(16, 16)))
+    q = quantize(x, scaled(E4M3, PerTile(16, 16), ragged=Ragged.PAD))
     args = quantization.QuantizationArgs(num_bits=8, type="float", strategy="block", block_structure=[16, 16])
     assert torch.equal(q.dequantize(), forward.fake_quantize(x, q.scale, torch.zeros_like(q.scale), args))
 

@@ -18,20 +18,18 @@ from octavo.numerics.qtensor import quantize
 from octavo.readers.decoding import decode_element, element_bits, scale_shape, sign_extend, spread_scale, unpack_bits
 from octavo.readers.run import dequantize, describe
 from octavo.readers.tensor_files import StoredTensor
-from octavo.spec.element import E2M1, E2M3, E3M2, E8M0, ELEMENTS, INT8, MXINT8_ELEMENT, NF4, UINT8
-from octavo.spec.formats import FORMATS, NVFP4
+from octavo.spec.element import ELEMENTS, INT8, NF4, UINT8, CodebookFormat
+from octavo.spec.formats import FORMATS
 from octavo.spec.tensor_format import PLAIN_FP32, PerFlatGroup, PerGroup, PerTile, Ragged, TensorFormat, scaled
 
 WEIGHTS = {
     **FORMATS,
-    "nvfp4": NVFP4,
-    "nf4": TensorFormat(NF4, PerFlatGroup(64), TensorFormat(INT8, PerFlatGroup(256), PLAIN_FP32, PLAIN_FP32)),
-    "mxfp4": TensorFormat(E2M1, PerGroup(32), TensorFormat(E8M0)),
-    "mxfp6 e3m2": TensorFormat(E3M2, PerGroup(32), TensorFormat(E8M0)),
-    "mxfp6 e2m3": TensorFormat(E2M3, PerGroup(32), TensorFormat(E8M0)),
-    "mxint8": TensorFormat(MXINT8_ELEMENT, PerGroup(32), TensorFormat(E8M0)),
+    "nf4, centred per block": TensorFormat(
+        NF4, PerFlatGroup(64), TensorFormat(INT8, PerFlatGroup(256), PLAIN_FP32, PLAIN_FP32)
+    ),
     "unsigned": scaled(UINT8, PerGroup(32), asymmetric=True),
-    "tiles": scaled(INT8, PerTile(4, 48)),
+    "tiles": scaled(INT8, PerTile(4, 48), ragged=Ragged.PAD),
+    "mine": scaled(CodebookFormat("mine", (-1.0, -0.3, 0.1, 0.7, 1.0)), PerGroup(16)),
     "ragged": TensorFormat(INT8, PerGroup(48), PLAIN_FP32, ragged=Ragged.PAD),
 }
 

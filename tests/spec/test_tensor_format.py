@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from octavo.errors import UserError
-from octavo.spec.element import E4M3, E8M0, FP16, INT4, INT8, MXINT8_ELEMENT, NF4
+from octavo.spec.element import E4M3, E8M0, FP16, INT4, INT8, MXINT8_ELEMENT, NF4, CodebookFormat
 from octavo.spec.formats import FORMATS, NVFP4, format_name, tensor_format
 from octavo.spec.tensor_format import (
     PLAIN_FP32,
@@ -53,6 +53,12 @@ def test_a_refused_group_says_what_would_fit(shape, size):
         assert shape[-1] % first == 0
 
 
+def test_tiles_that_are_not_full_are_padded_or_refused():
+    assert "ragged: pad" in scaled(E4M3, PerTile(16, 16)).misfit((10, 16))
+    assert scaled(E4M3, PerTile(16, 16), ragged=Ragged.PAD).misfit((10, 10)) is None
+    assert scaled(E4M3, PerTile(16, 16)).misfit((32, 64)) is None
+
+
 def test_misfits_name_the_axis_that_is_missing():
     assert "single value" in scaled(INT4, PerGroup(4)).misfit(())
     assert "two axes" in scaled(E4M3, PerTile(4, 4)).misfit((8,))
@@ -72,6 +78,11 @@ def test_misfits_name_the_axis_that_is_missing():
         lambda: TensorFormat(E4M3, scale=PLAIN_FP32, min_scale=-1.0),
         lambda: TensorFormat(E4M3, scale=PLAIN_FP32, scale_rule=ScaleRule.FULL_RANGE),
         lambda: TensorFormat(INT4, scale=TensorFormat(E8M0), scale_rule=ScaleRule.FULL_RANGE),
+        lambda: TensorFormat(E4M3, scale=PLAIN_FP32, offset_granularity=PerTensor()),
+        lambda: CodebookFormat("short", (1.0,)),
+        lambda: CodebookFormat("falling", (1.0, 0.0)),
+        lambda: CodebookFormat("equal in fp32", (0.1, 0.1 + 1e-12)),
+        lambda: CodebookFormat("endless", (0.0, 1e39)),
         lambda: PerGroup(0),
         lambda: PerFlatGroup(-1),
         lambda: PerTile(128, 0),
@@ -97,7 +108,14 @@ def test_json_keeps_every_field():
         ragged=Ragged.PAD,
     )
     ruled = TensorFormat(E4M3, PerToken(), PLAIN_FP32, scale_rule=ScaleRule.POWER_CEIL, top=240.0, min_scale=1e-9)
-    for kept in (fmt, ruled):
+    centred = TensorFormat(
+        CodebookFormat("mine", (-1.0, 0.1, 1.0)),
+        PerFlatGroup(8),
+        PLAIN_FP32,
+        offset=PLAIN_FP32,
+        offset_granularity=PerTensor(),
+    )
+    for kept in (fmt, ruled, centred):
         assert TensorFormat.from_dict(json.loads(json.dumps(kept.to_dict()))) == kept
 
 
@@ -114,6 +132,11 @@ def test_json_keeps_every_field():
         {"scale": "fp32"},
         {"scale_rule": "guess"},
         {"ragged": None},
+        {"scale_rul": "amax"},
+        {"element": {"name": "nf4", "values": [0.0, 1.0]}},
+        {"element": {"name": "mine", "values": [1.0, 0.0]}},
+        {"element": {"name": "mine", "values": 4}},
+        {"offset_granularity": {"kind": "tensor"}},
     ],
 )
 def test_what_is_not_a_format_is_refused(change):

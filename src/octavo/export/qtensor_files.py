@@ -51,7 +51,7 @@ def read_qtensor(key: str, fmt: TensorFormat, shape: Shape, read: Read) -> QTens
         format=fmt,
         shape=shape,
         zero_point=zero_point,
-        offset=_read_part(f"{key}.offset", fmt.offset, scale_shape, read),
+        offset=_read_part(f"{key}.offset", fmt.offset, fmt.offset_blocks.scale_shape(shape), read),
     )
 
 

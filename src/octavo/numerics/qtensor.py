@@ -329,23 +329,27 @@ def _real(grid: Tensor, fmt: TensorFormat, shape: Shape, parts: _Parts) -> Tenso
     if parts.zero_point is not None:
         grid = grid.sub_(expand_scale(parts.zero_point, fmt.granularity, shape))
     grid = grid.mul_(expand_scale(_values(parts.scale), fmt.granularity, shape))
-    if parts.offset is not None:
-        grid = grid.add_(expand_scale(_values(parts.offset), fmt.granularity, shape))
-    return from_blocks(grid, fmt.granularity, shape)
+    values = from_blocks(grid, fmt.granularity, shape)
+    return values if parts.offset is None else _shifted(values, parts.offset, fmt, sign=1)
 
 
 def _minus(x: Tensor, offset: Tensor | QTensor, fmt: TensorFormat) -> Tensor:
+    return _shifted(x.detach().float(), offset, fmt, sign=-1)
+
+
+def _shifted(x: Tensor, offset: Tensor | QTensor, fmt: TensorFormat, *, sign: int) -> Tensor:
     shape = tuple(x.shape)
-    blocks, _ = to_blocks(x.detach().float(), fmt.granularity)
-    return from_blocks(blocks - expand_scale(_values(offset), fmt.granularity, shape), fmt.granularity, shape)
+    blocks, _ = to_blocks(x, fmt.offset_blocks)
+    moved = blocks.add(expand_scale(_values(offset), fmt.offset_blocks, shape), alpha=sign)
+    return from_blocks(moved, fmt.offset_blocks, shape)
 
 
 def _block_mean(x: Tensor, fmt: TensorFormat) -> Tensor:
-    blocks, dims = to_blocks(x.detach().float(), fmt.granularity)
+    blocks, dims = to_blocks(x.detach().float(), fmt.offset_blocks)
     if not dims:
         return blocks
-    filled, _ = to_blocks(torch.ones_like(x, dtype=torch.float32), fmt.granularity)
-    return (blocks / expand_scale(filled.sum(dims), fmt.granularity, tuple(x.shape))).sum(dims)
+    filled, _ = to_blocks(torch.ones_like(x, dtype=torch.float32), fmt.offset_blocks)
+    return (blocks / expand_scale(filled.sum(dims), fmt.offset_blocks, tuple(x.shape))).sum(dims)
 
 
 def _values(part: Tensor | QTensor) -> Tensor:

@@ -39,17 +39,26 @@ def _dynamic8() -> np.ndarray:
 _CODEBOOKS = {"nf4": _NF4, "dynamic8": _dynamic8()}
 
 
-def decode_element(stored: np.ndarray, element: str, shape: tuple[int, ...]) -> np.ndarray:
+Element = str | Mapping[str, Any]
+"""A known element's name, or a user's codebook: ``{"name": ..., "values": [...]}``."""
+
+
+def decode_element(stored: np.ndarray, element: Element, shape: tuple[int, ...]) -> np.ndarray:
     """Values of packed codes, fp32, of ``shape``.
 
     Args:
         stored: Rows of codes as a little-endian bit stream, uint8; 16 and 32 bit elements as they are.
-        element: Name of the element format.
+        element: Which element format.
         shape: What the codes become.
 
     Raises:
         UserError: an unknown element, or another amount of codes than ``shape`` needs.
     """
+    if not isinstance(element, str):
+        codes = unpack_bits(stored, element_bits(element), shape)
+        if codes.max(initial=0) >= len(element["values"]):
+            raise UserError(f"a code beyond the {len(element['values'])} values of codebook {element_name(element)!r}")
+        return np.asarray(element["values"], np.float32)[codes]
     if element in _WIDE:
         if stored.dtype != _WIDE[element] or stored.shape != shape:
             raise UserError(f"{stored.dtype} {stored.shape} where {element} {shape} was expected")
@@ -65,12 +74,21 @@ def decode_element(stored: np.ndarray, element: str, shape: tuple[int, ...]) -> 
     return integers.astype(np.float32) * unit
 
 
-def element_bits(element: str) -> int:
+def element_name(element: Element) -> str:
+    """What messages call it."""
+    return element if isinstance(element, str) else str(element["name"])
+
+
+def element_bits(element: Element) -> int:
     """Bits of one code.
 
     Raises:
         UserError: an unknown element.
     """
+    if not isinstance(element, str):
+        if not 2 <= len(element["values"]) <= 256:
+            raise UserError(f"codebook {element_name(element)!r} has {len(element['values'])} values")
+        return (len(element["values"]) - 1).bit_length()
     integer = _INTEGER.fullmatch(element)
     if integer is not None:
         return int(integer[2])

@@ -11,7 +11,7 @@ import numpy as np
 
 from octavo.errors import UserError
 from octavo.readers.checkpoint import ActivationEntry, Checkpoint, WeightEntry
-from octavo.readers.decoding import decode_element, scale_shape, spread_scale
+from octavo.readers.decoding import decode_element, element_name, scale_shape, spread_scale
 from octavo.readers.tensor_files import StoredTensor, open_tensors, read_object
 
 _QUANTIZERS = {
@@ -62,12 +62,14 @@ def read(path: Path) -> Checkpoint:
 def describe(fmt: Mapping[str, Any]) -> str:
     """A tensor format in words."""
     if fmt["scale"] is None:
-        return str(fmt["element"])
-    text = f"{fmt['element']} {_describe_granularity(fmt['granularity'])}"
+        return element_name(fmt["element"])
+    text = f"{element_name(fmt['element'])} {_describe_granularity(fmt['granularity'])}"
     if fmt["zero_point"]:
         text += ", asymmetric"
     if fmt["offset"]:
         text += ", centred"
+        if fmt.get("offset_granularity"):
+            text += f" {_describe_granularity(fmt['offset_granularity'])}"
     if fmt["scale_rule"] != "amax":
         text += f", {fmt['scale_rule']}"
     if fmt.get("top"):
@@ -91,8 +93,9 @@ def dequantize(key: str, fmt: Mapping[str, Any], shape: tuple[int, ...], tensors
             values = values - spread_scale(decode_element(stored, fmt["zero_point"], blocks), granularity, shape)
         values = values * spread_scale(_scales(f"{key}.scale", fmt["scale"], blocks, tensors), granularity, shape)
         if fmt["offset"]:
-            offset = _scales(f"{key}.offset", fmt["offset"], blocks, tensors)
-            values = values + spread_scale(offset, granularity, shape)
+            centre = fmt.get("offset_granularity") or granularity
+            offset = _scales(f"{key}.offset", fmt["offset"], scale_shape(centre, shape), tensors)
+            values = values + spread_scale(offset, centre, shape)
         return values
     except UserError as error:
         raise UserError(f"weight {key!r}: {error}") from error

@@ -6,9 +6,13 @@ Sources: OCP 8-bit floating point specification 1.0 (E4M3, E5M2); OCP microscali
 
 from __future__ import annotations
 
+import math
 import struct
 from dataclasses import dataclass
-from typing import Literal
+from itertools import pairwise
+from typing import Any, Literal
+
+from octavo.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,10 +129,26 @@ class FloatFormat:
 
 @dataclass(frozen=True, slots=True)
 class CodebookFormat:
-    """Values that are simply listed, ascending; the code is the index."""
+    """Values that are simply listed, ascending; the code is the index. A user may bring one of their own.
+
+    Values are kept as the nearest fp32 numbers.
+
+    >>> CodebookFormat("thirds", (-1.0, -1 / 3, 1 / 3, 1.0)).bits
+    2
+    """
 
     name: str
     values: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        values = tuple(map(_as_fp32, self.values))
+        if not 2 <= len(values) <= 256:
+            raise UserError(f"codebook {self.name!r} has {len(values)} values: a code of 1 to 8 bits names 2 to 256")
+        if not all(low < high for low, high in pairwise(values)) or math.isinf(values[0]) or math.isinf(values[-1]):
+            raise UserError(
+                f"codebook {self.name!r}: values must be finite fp32 numbers in ascending order, no two equal"
+            )
+        object.__setattr__(self, "values", values)
 
     @property
     def bits(self) -> int:
@@ -144,6 +164,13 @@ class CodebookFormat:
     def min(self) -> float:
         """Smallest representable value."""
         return min(self.values)
+
+
+def _as_fp32(value: float) -> float:
+    try:
+        return float(struct.unpack("<f", struct.pack("<f", value))[0])
+    except OverflowError:
+        return math.copysign(math.inf, value)
 
 
 ElementFormat = IntFormat | FloatFormat | CodebookFormat
@@ -193,11 +220,7 @@ def _dynamic8() -> tuple[float, ...]:
         for decade in range(7)
         for index in range(2**decade)
     ]
-    return tuple(sorted(_as_fp32(value) for value in ([-value for value in positive] + positive + [0.0, 1.0])))
-
-
-def _as_fp32(value: float) -> float:
-    return float(struct.unpack("<f", struct.pack("<f", value))[0])
+    return tuple(sorted([-value for value in positive] + positive + [0.0, 1.0]))
 
 
 DYNAMIC8 = CodebookFormat("dynamic8", _dynamic8())
@@ -211,3 +234,25 @@ ELEMENTS: dict[str, ElementFormat] = {
         E4M3, E5M2, E3M2, E2M3, E2M1, E8M0, FP32, FP16, BF16, NF4, DYNAMIC8,
     )
 }  # fmt: skip
+
+
+def element_to_json(element: ElementFormat) -> str | dict[str, Any]:
+    """The element's name, or a user's codebook written out."""
+    if isinstance(element, CodebookFormat) and ELEMENTS.get(element.name) != element:
+        return {"name": element.name, "values": list(element.values)}
+    return element.name
+
+
+def element_from_json(data: str | dict[str, Any]) -> ElementFormat:
+    """What ``element_to_json`` wrote.
+
+    Raises:
+        UserError: a codebook that is none, or that takes the name of another element.
+        KeyError, TypeError: not an element.
+    """
+    if not isinstance(data, dict):
+        return ELEMENTS[data]
+    codebook = CodebookFormat(str(data["name"]), tuple(map(float, data["values"])))
+    if ELEMENTS.get(codebook.name, codebook) != codebook:
+        raise UserError(f"codebook {codebook.name!r} is not the element of this name: give it another")
+    return codebook

@@ -72,7 +72,7 @@ def _of_one_scale() -> dict[str, TensorFormat]:
             full_range = scaled(element, PerGroup(size), rule=ScaleRule.FULL_RANGE)
             formats[f"{element.name}-group{size}-full-range"] = full_range
     formats["e4m3-tile128x128"] = scaled(E4M3, PerTile(128, 128), ragged=Ragged.PAD)
-    formats["nf4"] = scaled(NF4, PerFlatGroup(64), ragged=Ragged.PAD)
+    formats["nf4"] = scaled(NF4, PerFlatGroup(64))
     return formats
 
 
@@ -92,7 +92,13 @@ def _nvfp4(rule: ScaleRule = ScaleRule.AMAX, top: float | None = None) -> Tensor
 
 def _of_scaled_scales() -> dict[str, TensorFormat]:
     """Scales in 8 bits with scales of their own."""
-    blocks_of_256 = TensorFormat(DYNAMIC8, PerFlatGroup(256), scale=PLAIN_FP32, offset=PLAIN_FP32, ragged=Ragged.PAD)
+    blocks_of_256 = TensorFormat(
+        DYNAMIC8,
+        PerFlatGroup(256),
+        scale=PLAIN_FP32,
+        offset=PLAIN_FP32,
+        offset_granularity=PerTensor(),
+    )
     per_row = scaled(UINT8, PerChannel())
     return {
         "nvfp4": _nvfp4(),
@@ -100,7 +106,7 @@ def _of_scaled_scales() -> dict[str, TensorFormat]:
         "nvfp4-four-over-six": _nvfp4(ScaleRule.FOUR_OVER_SIX, top=256.0),
         # kernels that unpack to FP8 multiply codes (up to 6) and group scales in it: their product must not exceed 448
         "nvfp4-in-fp8": _nvfp4(top=448 / 6),
-        "nf4-double-quant": TensorFormat(NF4, PerFlatGroup(64), scale=blocks_of_256, ragged=Ragged.PAD),
+        "nf4-double-quant": TensorFormat(NF4, PerFlatGroup(64), scale=blocks_of_256),
         **{f"int4-group{size}-double-quant": TensorFormat(INT4, PerGroup(size), per_row) for size in _GROUP_SIZES},
     }
 

@@ -12,9 +12,18 @@ from enum import Enum
 from typing import Any
 
 from octavo.errors import UserError
-from octavo.spec.element import ELEMENTS, FP32, CodebookFormat, ElementFormat, IntFormat
+from octavo.spec.element import (
+    ELEMENTS,
+    FP32,
+    CodebookFormat,
+    ElementFormat,
+    IntFormat,
+    element_from_json,
+    element_to_json,
+)
 
 Shape = tuple[int, ...]
+_PAD = "let the format fill the last one (ragged: pad), or leave it out"
 
 
 class ScaleRule(Enum):
@@ -28,7 +37,7 @@ class ScaleRule(Enum):
 
 
 class Ragged(Enum):
-    """What becomes of a last group that is not full."""
+    """What becomes of a last group or tile that is not full (a flat group may always end early)."""
 
     REFUSE = "refuse"
     PAD = "pad"
@@ -133,7 +142,7 @@ class PerTile:
 
 @dataclass(frozen=True, slots=True)
 class PerFlatGroup:
-    """One scale for every ``size`` neighbours of the flattened tensor (NF4, and its scales)."""
+    """One scale for every ``size`` neighbours of the flattened tensor (NF4, and its scales); the last may be fewer."""
 
     size: int
 
@@ -174,6 +183,7 @@ class TensorFormat:
         top: Element value that amax is mapped to; ``None``: the element's largest. Below it leaves room, as NVFP4's
             four-over-six does in its scales (256 of 448); above it lets the largest saturate (7.5 in INT4).
         min_scale: Scales are not smaller than this.
+        offset_granularity: Which values share an offset; ``None``: those that share a scale.
     """
 
     element: ElementFormat
@@ -185,6 +195,7 @@ class TensorFormat:
     ragged: Ragged = Ragged.REFUSE
     top: float | None = None
     min_scale: float = 0.0
+    offset_granularity: Granularity | None = None
 
     def __post_init__(self) -> None:
         if self.zero_point is not None and not isinstance(self.element, IntFormat):
@@ -199,6 +210,8 @@ class TensorFormat:
             raise UserError(f"min_scale={self.min_scale}: the smallest scale is a positive value, or 0 for no limit")
         if self.zero_point is not None and (self.top is not None or self.scale_rule is not ScaleRule.AMAX):
             raise UserError("an asymmetric format spreads its codes over [low, high]: it has no top and no other rule")
+        if self.offset_granularity is not None and self.offset is None:
+            raise UserError("offset_granularity says which values share an offset: give the offset's format, too")
         if self.scale_rule is ScaleRule.FULL_RANGE:
             self._check_full_range()
 
@@ -218,6 +231,11 @@ class TensorFormat:
     def is_plain(self) -> bool:
         """True for a tensor that is stored as it is, without scales."""
         return self.scale is None
+
+    @property
+    def offset_blocks(self) -> Granularity:
+        """Which values share an offset."""
+        return self.granularity if self.offset_granularity is None else self.offset_granularity
 
     @property
     def is_nested(self) -> bool:
@@ -251,8 +269,10 @@ class TensorFormat:
         rows, width = math.prod(shape[:-1]), (shape[-1] if shape else 1)
         total = rows * math.ceil(width * self.element.bits / 8)
         scale_shape = self.granularity.scale_shape(shape)
-        for part in (self.scale, self.offset):
-            total += part.stored_bytes(scale_shape) if part is not None else 0
+        if self.scale is not None:
+            total += self.scale.stored_bytes(scale_shape)
+        if self.offset is not None:
+            total += self.offset.stored_bytes(self.offset_blocks.scale_shape(shape))
         if self.zero_point is not None:
             total += TensorFormat(self.zero_point).stored_bytes(scale_shape)
         return total
@@ -279,6 +299,8 @@ class TensorFormat:
                 return f"there is no axis {axis}, the tensor has shape {shape}"
             case PerTile() if len(shape) < 2:
                 return f"tiles need two axes, the tensor has shape {shape}"
+            case PerTile(rows, cols) if self.ragged is Ragged.REFUSE and (shape[-2] % rows or shape[-1] % cols):
+                return f"{self.granularity} do not divide a {shape[-2]}x{shape[-1]} matrix; {_PAD}"
             case _:
                 return None
 
@@ -289,7 +311,7 @@ class TensorFormat:
         if not self.is_symmetric:
             text += ", asymmetric"
         if self.offset is not None:
-            text += ", centred"
+            text += ", centred" if self.offset_granularity is None else f", centred {self.offset_granularity}"
         if self.scale_rule is not ScaleRule.AMAX:
             text += f", {self.scale_rule.value}"
         if self.top is not None:
@@ -302,45 +324,62 @@ class TensorFormat:
 
     def to_dict(self) -> dict[str, Any]:
         """The format as plain JSON values; ``from_dict`` reads it back."""
-        kind = next(name for name, cls in _GRANULARITIES.items() if isinstance(self.granularity, cls))
-        sizes = {name: getattr(self.granularity, name) for name in self.granularity.__slots__}
-        beyond = {name: value for name, value in (("top", self.top), ("min_scale", self.min_scale)) if value}
+        beyond: dict[str, Any] = {
+            "top": self.top,
+            "min_scale": self.min_scale or None,
+            "offset_granularity": _granularity_to_json(self.offset_granularity) if self.offset_granularity else None,
+        }
         return {
-            "element": self.element.name,
-            "granularity": {"kind": kind, **sizes},
+            "element": element_to_json(self.element),
+            "granularity": _granularity_to_json(self.granularity),
             "scale": self.scale.to_dict() if self.scale else None,
             "offset": self.offset.to_dict() if self.offset else None,
             "zero_point": self.zero_point.name if self.zero_point else None,
             "scale_rule": self.scale_rule.value,
             "ragged": self.ragged.value,
-            **beyond,
+            **{name: value for name, value in beyond.items() if value is not None},
         }
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> TensorFormat:
-        """The format that ``to_dict`` wrote.
+        """The format that ``to_dict`` wrote, or a user: all but ``element`` and ``scale`` may be left out.
 
         Raises:
-            UserError: an unknown element, granularity or rule.
+            UserError: an unknown field, element, granularity or rule.
         """
         try:
-            granularity = dict(data["granularity"])
-            zero_point = ELEMENTS[data["zero_point"]] if data["zero_point"] else None
+            unknown = set(data) - set(cls.__slots__)
+            if unknown:
+                raise TypeError(f"unknown fields {sorted(unknown)}")
+            zero_point = ELEMENTS[data["zero_point"]] if data.get("zero_point") else None
             if zero_point is not None and not isinstance(zero_point, IntFormat):
                 raise TypeError(f"zero points are integers, not {zero_point.name}")
+            centre = data.get("offset_granularity")
             return cls(
-                element=ELEMENTS[data["element"]],
-                granularity=_GRANULARITIES[granularity.pop("kind")](**granularity),
+                element=element_from_json(data["element"]),
+                granularity=_granularity_from_json(data.get("granularity", {"kind": "tensor"})),
                 scale=cls.from_dict(data["scale"]) if data["scale"] else None,
-                offset=cls.from_dict(data["offset"]) if data["offset"] else None,
+                offset=cls.from_dict(data["offset"]) if data.get("offset") else None,
                 zero_point=zero_point,
-                scale_rule=ScaleRule(data["scale_rule"]),
-                ragged=Ragged(data["ragged"]),
+                scale_rule=ScaleRule(data.get("scale_rule", ScaleRule.AMAX.value)),
+                ragged=Ragged(data.get("ragged", Ragged.REFUSE.value)),
                 top=data.get("top"),
                 min_scale=data.get("min_scale", 0.0),
+                offset_granularity=None if centre is None else _granularity_from_json(centre),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"not a tensor format: {data!r} ({type(error).__name__}: {error})") from error
+
+
+def _granularity_to_json(granularity: Granularity) -> dict[str, Any]:
+    kind = next(name for name, cls in _GRANULARITIES.items() if isinstance(granularity, cls))
+    return {"kind": kind, **{name: getattr(granularity, name) for name in granularity.__slots__}}
+
+
+def _granularity_from_json(data: dict[str, Any]) -> Granularity:
+    sizes = dict(data)
+    granularity: Granularity = _GRANULARITIES[sizes.pop("kind")](**sizes)
+    return granularity
 
 
 PLAIN_FP32 = TensorFormat(FP32)
