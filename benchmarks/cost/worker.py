@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
+import statistics
 import sys
 import time
 import warnings
@@ -27,41 +29,51 @@ class Library(Protocol):
     """What is timed."""
 
     version: str
+    recipes: tuple[str, ...]  # of those that can be asked for
 
-    def quantize(self, model: nn.Module, batches: list[Batch]) -> None:
-        """Everything a user waits for: insert FP8 quantizers and calibrate them."""
+    def get_ready(self) -> None:
+        """What happens once on a machine: compilation."""
 
-    def inserter(self, model: nn.Module) -> Callable[[], Any]:
+    def quantize(self, model: nn.Module, recipe: str, batches: list[Batch]) -> None:
+        """Everything a user waits for: insert quantizers and calibrate them."""
+
+    def inserter(self, model: nn.Module, recipe: str) -> Callable[[], Any]:
         """A function that inserts the quantizers and does nothing else."""
 
 
 class Octavo:
-    """Preset ``fp8``."""
+    """The presets of these names."""
+
+    recipes = ("fp8", "int8", "nvfp4", "mxfp4")
 
     def __init__(self) -> None:
         import octavo
 
         self.version = f"octavo {octavo.__version__}"
 
-    def quantize(self, model: nn.Module, batches: list[Batch]) -> None:
+    def get_ready(self) -> None:
+        from octavo.backends.native import LIBRARY
+
+        if os.environ.get("OCTAVO_COMPILE") != "off" and not LIBRARY.wait():
+            raise RuntimeError(LIBRARY.reason)
+
+    def quantize(self, model: nn.Module, recipe: str, batches: list[Batch]) -> None:
         import octavo
 
-        octavo.quantize(model, "fp8", batches)
+        octavo.quantize(model, recipe, batches)
 
-    def inserter(self, model: nn.Module) -> Callable[[], Any]:
+    def inserter(self, model: nn.Module, recipe: str) -> Callable[[], Any]:
         import octavo
         from octavo.nn.door import TorchDoor
-
-        door = TorchDoor(model)
-        plan = octavo.load_recipe("fp8")
         from octavo.spec.resolve import resolve
 
-        resolved = resolve(plan, door.facts())
-        return lambda: door.prepare(resolved)
+        door = TorchDoor(model)
+        plan = resolve(octavo.load_recipe(recipe), door.facts())
+        return lambda: door.prepare(plan)
 
 
 class ModelOpt:
-    """``FP8_DEFAULT_CFG``."""
+    """The default configurations of its own; block formats raise on a CPU."""
 
     def __init__(self) -> None:
         import modelopt
@@ -69,12 +81,17 @@ class ModelOpt:
 
         self.version = f"ModelOpt {modelopt.__version__}"
         self._mtq = mtq
+        self._configs = {"fp8": mtq.FP8_DEFAULT_CFG, "int8": mtq.INT8_DEFAULT_CFG}
+        self.recipes = tuple(self._configs)
 
-    def quantize(self, model: nn.Module, batches: list[Batch]) -> None:
-        self._mtq.quantize(model, self._mtq.FP8_DEFAULT_CFG, lambda m: forward(m, batches))
+    def get_ready(self) -> None:
+        """Nothing: it compiles nothing on a CPU."""
 
-    def inserter(self, model: nn.Module) -> Callable[[], Any]:
-        config = {**self._mtq.FP8_DEFAULT_CFG, "algorithm": None}
+    def quantize(self, model: nn.Module, recipe: str, batches: list[Batch]) -> None:
+        self._mtq.quantize(model, self._configs[recipe], lambda m: forward(m, batches))
+
+    def inserter(self, model: nn.Module, recipe: str) -> Callable[[], Any]:
+        config = {**self._configs[recipe], "algorithm": None}
         return lambda: self._mtq.quantize(model, config)
 
 
@@ -104,42 +121,52 @@ def make_batches(num_texts: int, num_tokens: int, batch_size: int, vocabulary: i
 class Turns:
     """The model as it was, a quantized twin, and the time of everything."""
 
-    def __init__(self, library: Library, model: nn.Module, batches: list[Batch]) -> None:
+    def __init__(self, library: Library, model: nn.Module, batches: list[Batch], recipes: list[str]) -> None:
         self.library, self.model, self.batches = library, model, batches
-        self.twin = copy.deepcopy(model)
+        self.recipes = [recipe for recipe in recipes if recipe in library.recipes]
 
-    def warm_up(self) -> dict[str, float]:
+    def warm_up(self) -> dict[str, Any]:
         """Everything once; what the first time costs more is reported apart."""
+        compile_s = seconds(self.library.get_ready)
         forward(self.model, self.batches[:1])
-        first_quantize = seconds(lambda: self.library.quantize(self.twin, self.batches[:1]))
-        first_forward = seconds(lambda: forward(self.twin, self.batches[:1]))
-        return {"first_quantize_s": first_quantize, "first_simulated_batch_s": first_forward}
+        twin = copy.deepcopy(self.model)
+        first = seconds(lambda: self.library.quantize(twin, self.recipes[0], self.batches[:1]))
+        first_forward = seconds(lambda: forward(twin, self.batches[:1]))
+        once = {"compile_s": compile_s, "first_quantize_s": first, "first_simulated_batch_s": first_forward}
+        return {"recipes": self.recipes, **once}
 
-    def turn(self) -> dict[str, Any]:
-        """One of everything: bare passes, quantization, then both models batch by batch in alternation."""
-        bare_s = seconds(lambda: forward(self.model, self.batches))
-        self.twin = copy.deepcopy(self.model)
-        quantize_s = seconds(lambda: self.library.quantize(self.twin, self.batches))
-        forward(self.twin, self.batches[:1])
-        plain_s, simulated_s = self._alternate()
+    def turn(self) -> dict[str, dict[str, float]]:
+        """One of everything, recipe by recipe."""
+        return {recipe: self._measure(recipe) for recipe in self.recipes}
+
+    def _measure(self, recipe: str) -> dict[str, float]:
+        """Bare passes, quantization, then both models batch by batch in alternation."""
+        before_s = seconds(lambda: forward(self.model, self.batches))
+        twin = copy.deepcopy(self.model)
+        quantize_s = seconds(lambda: self.library.quantize(twin, recipe, self.batches))
+        after_s = seconds(lambda: forward(self.model, self.batches))
+        forward(twin, self.batches[:1])
+        plain_s, simulated_s = self._alternate(twin)
         return {
-            "bare_s": bare_s,
-            "quantize_ratio": quantize_s / ((bare_s + plain_s) / 2),
+            "bare_s": before_s,
+            "quantize_ratio": quantize_s / ((before_s + after_s) / 2),
             "simulated_ratio": simulated_s / plain_s,
-            "insert_ms_per_linear": min(self._insert_ms() for _ in range(_NUM_INSERTIONS)),
+            "insert_ms_per_linear": min(self._insert_ms(recipe) for _ in range(_NUM_INSERTIONS)),
         }
 
-    def _alternate(self) -> tuple[float, float]:
-        plain_s = simulated_s = 0.0
+    def _alternate(self, twin: nn.Module) -> tuple[float, float]:
+        """Seconds of a batch, the median of all."""
+        plain: list[float] = []
+        simulated: list[float] = []
         for batch in self.batches:
-            plain_s += seconds(lambda: forward(self.model, [batch]))  # noqa: B023 (called at once)
-            simulated_s += seconds(lambda: forward(self.twin, [batch]))  # noqa: B023
-        return plain_s, simulated_s
+            plain.append(seconds(lambda: forward(self.model, [batch])))  # noqa: B023 (called at once)
+            simulated.append(seconds(lambda: forward(twin, [batch])))  # noqa: B023
+        return statistics.median(plain), statistics.median(simulated)
 
-    def _insert_ms(self) -> float:
+    def _insert_ms(self, recipe: str) -> float:
         model = copy.deepcopy(self.model)
         num_linear = sum(isinstance(module, nn.Linear) for module in model.modules())
-        return 1000 * seconds(self.library.inserter(model)) / num_linear
+        return 1000 * seconds(self.library.inserter(model, recipe)) / num_linear
 
 
 def main() -> None:
@@ -148,6 +175,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     for name in ("texts", "tokens", "batch-size"):
         parser.add_argument(f"--{name}", type=int, required=True)
+    parser.add_argument("--recipes", nargs="+", required=True)
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     answers, sys.stdout = sys.stdout, sys.stderr  # libraries talk; the answers are for the other process
@@ -156,7 +184,7 @@ def main() -> None:
     model = AutoModel.from_pretrained(args.model, dtype=torch.float32).eval()
     batches = make_batches(args.texts, args.tokens, args.batch_size, model.config.vocab_size)
     library = LIBRARIES[args.library]()
-    turns = Turns(library, model, batches)
+    turns = Turns(library, model, batches, args.recipes)
     first = {"version": library.version, "torch": torch.__version__, **turns.warm_up()}
     print(json.dumps(first), file=answers, flush=True)
     for _ in sys.stdin:

@@ -14,7 +14,7 @@ from octavo.backends.base import Support
 from octavo.numerics import scaling
 from octavo.numerics.codec import encode, round_owned
 from octavo.numerics.scaling import divisor, expand_scale, from_blocks, to_blocks
-from octavo.spec.element import CodebookFormat, ElementFormat, FloatFormat, IntFormat
+from octavo.spec.element import E4M3, E5M2, CodebookFormat, ElementFormat, FloatFormat, IntFormat
 from octavo.spec.tensor_format import Granularity, PerTile, TensorFormat
 
 _FP32_EXPONENT_MASK = 0x7F800000
@@ -22,6 +22,8 @@ _FP32_MANTISSA_BITS = 23
 _INTEGER_MAGIC = 1.5 * 2.0**23
 _INTEGER_LIMIT = 2.0**20  # far outside of any code, and small enough for the magic number
 _PART = 1 << 17  # values rounded at a time on a CPU: they and their powers of two stay in the cache
+
+_TORCH_FLOATS: dict[ElementFormat, torch.dtype] = {E4M3: torch.float8_e4m3fn, E5M2: torch.float8_e5m2}
 
 _Part = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
@@ -70,7 +72,7 @@ class InPlaceBackend:
         codes = torch.empty_like(blocks, dtype=torch.int8 if is_signed else torch.uint8)
         for source, part, factor, shift in _parts((blocks, codes), fmt, scale, zero_point):
             values = source.to(torch.float32, copy=True).div_(divisor(factor))
-            part.copy_(encode(_rounded(values, fmt.element, shift), fmt.element))
+            part.copy_(_encoded(values, fmt.element, shift))
         return from_blocks(codes, fmt.granularity, tuple(x.shape))
 
 
@@ -109,6 +111,13 @@ def _rounded(values: Tensor, element: ElementFormat, shift: Tensor | None) -> Te
             return _round_floats(values, element)
         case _:
             return round_owned(values, element)
+
+
+def _encoded(values: Tensor, element: ElementFormat, shift: Tensor | None) -> Tensor:
+    cast = _TORCH_FLOATS.get(element)
+    if cast is not None:  # torch rounds as we do once nothing is out of range; nearest code in one pass
+        return values.clamp_(element.min, element.max).to(cast).view(torch.uint8)
+    return encode(_rounded(values, element, shift), element)
 
 
 def _round_integers(values: Tensor, element: IntFormat, zero_point: Tensor | None) -> Tensor:
