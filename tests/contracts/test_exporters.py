@@ -14,11 +14,12 @@ from octavo.export.run import write_run
 from octavo.export.run_files import read_run
 from octavo.export.views import dequantized_weights
 from octavo.readers.compare import compare_weights
-from octavo.spec.formats import FORMATS, NVFP4
+from octavo.spec.formats import FORMATS
 from octavo.spec.records import RunRecord
 
 SHAPES = {
     "linear": ((6, 256), False),
+    "linear, tiles": ((256, 128), False),
     "conv": ((4, 16, 2, 4), False),
     "conv_transposed": ((16, 4, 2, 4), True),
     "embedding": ((10, 128), False),
@@ -30,8 +31,12 @@ INPUTS = {
     "e4m3 per token": ("e4m3-token", True),
     "int8": ("int8-tensor", False),
     "int8 per token": ("int8-token", True),
+    "e4m3 in groups": ("e4m3-group128", True),
+    "nvfp4": ("nvfp4", False),
+    "mxfp4": ("mxfp4", True),
+    "mxfp8": ("mxfp8", True),
 }
-WEIGHTS = {**FORMATS, "nvfp4": NVFP4}
+WEIGHTS = FORMATS
 
 pytestmark = pytest.mark.parametrize("layout", EXPORTERS)
 

@@ -47,6 +47,31 @@ def everything() -> Handmade:
     return made
 
 
+def blocks() -> Handmade:
+    """Scales in groups and tiles, and the scales of a cache."""
+    made = Handmade()
+    add_layer(made, "nv", (4, 64), "nvfp4", "nvfp4")
+    add_layer(made, "nv_alone", (64, 6), "nvfp4", is_transposed=True)
+    add_layer(made, "nv_in_fp8", (4, 64), "nvfp4-in-fp8", "e4m3-tensor")
+    add_layer(made, "mx4", (4, 64), "mxfp4", "mxfp4", is_dynamic=True)
+    add_layer(made, "mx4_in_fp8", (4, 64), "mxfp4-ceil", "e4m3-tensor")
+    add_layer(made, "mx8", (4, 64), "mxfp8", "mxfp8", is_dynamic=True)
+    add_layer(made, "tiles", (128, 256), "e4m3-tile128x128", "e4m3-group128", is_dynamic=True)
+    add_layer(made, "w4a8", (4, 64), "int4-group32", "e4m3-tensor")
+    add_attention(made, "attention", key_cache="nvfp4", value_cache="nvfp4")
+    return made
+
+
+def all_blocks() -> Handmade:
+    """Those that only the run directory holds, too."""
+    made = blocks()
+    for name in ("mxfp6-e3m2", "mxfp6-e2m3", "mxint8", "nf4", "int4-group32-double-quant"):
+        add_layer(made, name, (4, 96), name)
+    add_layer(made, "negative", (4, 64), "int4-group32-full-range")
+    add_layer(made, "ragged", (3, 50), "e4m3-tile128x128")
+    return made
+
+
 def write_as_run(made: Handmade, out: Path) -> None:
     record = RunRecord.of_plan(made.plan)
     write_run(made, made.plan, recipe="name: golden\n", record=record, source_directory=None, out=out)
@@ -61,8 +86,10 @@ def write_as(layout: str) -> Callable[[Handmade, Path], None]:
 
 CASES: dict[str, tuple[Callable[[], Handmade], Callable[[Handmade, Path], None]]] = {
     "run": (everything, write_as_run),
+    "run, blocks": (all_blocks, write_as_run),
     **{f"{layout}, fp8": (small_fp8, write_as(layout)) for layout in EXPORTERS},
     **{f"{layout}, mixed": (mixed, write_as(layout)) for layout in EXPORTERS},
+    **{f"{layout}, blocks": (blocks, write_as(layout)) for layout in EXPORTERS},
 }
 
 

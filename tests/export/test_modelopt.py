@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from export.handmade import Handmade, activation, add_attention, add_layer, matrix, small_fp8
+from export.handmade import Handmade, activation, activation_scales, add_attention, add_layer, matrix, small_fp8
 from octavo.errors import UserError
 from octavo.export.base import EXPORTERS, exporter
 from octavo.export.views import dequantized_weights
 from octavo.numerics.snapshot import ActivationScale, LayerSnapshot
+from octavo.readers.compare import compare_weights
 from octavo.spec.facts import Slot
 from octavo.spec.formats import NVFP4, tensor_format
 
@@ -36,39 +38,86 @@ def quantization(out: Path) -> dict[str, Any]:
     return section
 
 
-# What ModelOpt 0.47 writes for a Linear of 4 x 256 (docs/formats/modelopt.md): weight, scale, input scale, label.
-TABLE = {
-    "fp8": ("e4m3-tensor", "e4m3-tensor", False, ("float8_e4m3fn", (4, 256)), ("float32", ()), True, "FP8"),
+F32, F8, U8 = "float32", "float8_e4m3fn", "uint8"
+SCALAR: tuple[int, ...] = ()
+# What ModelOpt 0.47 writes for a Linear of 128 x 256 (docs/formats/modelopt.md): formats of weight and inputs, label,
+# weight, weight_scale, and weight_scale_2 and input_scale where they are.
+TABLE: dict[str, tuple[Any, ...]] = {
+    "fp8": ("e4m3-tensor", "e4m3-tensor", "FP8", (F8, (128, 256)), (F32, ()), None, SCALAR),
     "fp8-dynamic": (
-        "e4m3-channel", "e4m3-token", True,
-        ("float8_e4m3fn", (4, 256)), ("float32", (4,)), False, "FP8_PER_CHANNEL_PER_TOKEN",
+        "e4m3-channel", "e4m3-token", "FP8_PER_CHANNEL_PER_TOKEN", (F8, (128, 256)), (F32, (128,)), None, None,
     ),
-    "int8": ("int8-channel", "int8-tensor", False, ("int8", (4, 256)), ("float32", (4,)), True, "W8A8_SQ_PER_CHANNEL"),
-    "int8-weight-only": ("int8-channel", None, False, ("int8", (4, 256)), ("float32", (4,)), False, "W8A16"),
-    "int4-group": ("int4-group128", None, False, ("uint8", (2, 256)), ("float32", (4, 2)), False, "W4A16_AWQ"),
+    "fp8-block": ("e4m3-tile128x128", "e4m3-group128", "FP8_PB_WO", (F8, (128, 256)), (F32, (1, 1, 2, 1)), None, None),
+    "fp8-block, weights": ("e4m3-tile128x128", None, "FP8_PB_WO", (F8, (128, 256)), (F32, (1, 1, 2, 1)), None, None),
+    "int8": ("int8-channel", "int8-tensor", "W8A8_SQ_PER_CHANNEL", ("int8", (128, 256)), (F32, (128,)), None, SCALAR),
+    "int8-weight-only": ("int8-channel", None, "W8A16", ("int8", (128, 256)), (F32, (128,)), None, None),
+    "int4-group": ("int4-group128", None, "W4A16_AWQ", (U8, (64, 256)), (F32, (128, 2)), None, None),
+    "w4a8": ("int4-group128", "e4m3-tensor", "W4A8_AWQ", (U8, (64, 256)), (F32, (128, 2)), SCALAR, SCALAR),
+    "nvfp4": ("nvfp4", "nvfp4", "NVFP4", (U8, (128, 128)), (F8, (128, 16)), SCALAR, SCALAR),
+    "nvfp4-weight-only": ("nvfp4", None, "W4A16_NVFP4", (U8, (128, 128)), (F8, (128, 16)), SCALAR, None),
+    "nvfp4-four-over-six": ("nvfp4-four-over-six", "nvfp4", "NVFP4", (U8, (128, 128)), (F8, (128, 16)), SCALAR, SCALAR),
+    "w4a8-nvfp4": ("nvfp4-in-fp8", "e4m3-tensor", "W4A8_NVFP4_FP8", (U8, (128, 128)), (F8, (128, 16)), SCALAR, SCALAR),
+    "mxfp4": ("mxfp4", "mxfp4", "MXFP4", (U8, (128, 128)), (U8, (128, 8)), None, None),
+    "mxfp4-weight-only": ("mxfp4-ceil", None, "MXFP4", (U8, (128, 128)), (U8, (128, 8)), None, None),
+    "w4a8-mxfp4": ("mxfp4", "e4m3-tensor", "W4A8_MXFP4_FP8", (U8, (128, 128)), (U8, (128, 8)), None, SCALAR),
+    "mxfp8": ("mxfp8", "mxfp8", "MXFP8", (F8, (128, 256)), (U8, (128, 8)), None, None),
 }  # fmt: skip
+GROUPED = {"W4A16_AWQ": 128, "W4A8_AWQ": 128, "NVFP4": 16, "W4A16_NVFP4": 16, "W4A8_NVFP4_FP8": 16} | dict.fromkeys(
+    ("MXFP4", "W4A8_MXFP4_FP8", "MXFP8"), 32
+)
 
 
 @pytest.mark.parametrize("recipe", TABLE)
 def test_names_dtypes_shapes_and_label(recipe: str, tmp_path: Path) -> None:
-    weight, inputs, is_dynamic, codes, scale, has_input_scale, label = TABLE[recipe]
+    weight, inputs, label, codes, scale, second_scale, input_scale = TABLE[recipe]
     made = Handmade()
-    add_layer(made, "model.up", (4, 256), weight, inputs, is_dynamic=is_dynamic)
+    is_dynamic = inputs is not None and input_scale is None
+    add_layer(made, "model.up", (128, 256), weight, inputs, is_dynamic=is_dynamic)
     add_layer(made, "lm_head", (4, 256), None)
     out = write(made, tmp_path / "out", dtype=torch.bfloat16)
-    expected = {
-        "model.up.weight": codes,
-        "model.up.weight_scale": scale,
-        "lm_head.weight": ("bfloat16", (4, 256)),
-        **({"model.up.input_scale": ("float32", ())} if has_input_scale else {}),
-    }
+    expected = {"model.up.weight": codes, "model.up.weight_scale": scale, "lm_head.weight": ("bfloat16", (4, 256))}
+    expected |= {"model.up.weight_scale_2": (F32, second_scale)} if second_scale is not None else {}
+    expected |= {"model.up.input_scale": (F32, input_scale)} if input_scale is not None else {}
     assert tensors(out) == expected
     section = quantization(out)
     assert section["quant_algo"] == label
     assert section["kv_cache_quant_algo"] is None
     assert section["exclude_modules"] == ["lm_head"]
-    group = {"group_size": 128, "has_zero_point": False, "pre_quant_scale": False}
-    assert {name: section.get(name) for name in group} == (group if label == "W4A16_AWQ" else dict.fromkeys(group))
+    assert section.get("group_size") == GROUPED.get(label)
+    assert ("pre_quant_scale" in section) == label.endswith("_AWQ")
+
+
+@pytest.mark.parametrize("recipe", TABLE)
+def test_the_tensors_mean_what_the_table_says(recipe: str, tmp_path: Path) -> None:
+    """Written out once more with torch alone, from the table: values, not only shapes."""
+    weight, inputs, label, _, _, second_scale, input_scale = TABLE[recipe]
+    made = Handmade()
+    is_dynamic = inputs is not None and input_scale is None
+    add_layer(made, "up", (128, 256), weight, inputs, is_dynamic=is_dynamic)
+    found = load_file(write(made, tmp_path / "out") / "model.safetensors")
+    codes, scale = found["up.weight"], found["up.weight_scale"]
+    e2m1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    if label in ("W4A16_AWQ", "W4A8_AWQ"):
+        nibbles = torch.stack([codes & 15, codes >> 4], 1).reshape(128, 256).to(torch.int8)
+        values = torch.where(nibbles > 7, nibbles - 16, nibbles).float()
+    elif codes.dtype == torch.uint8:
+        nibbles = torch.stack([codes & 15, codes >> 4], 2).reshape(128, 256).int()
+        values = e2m1[nibbles & 7] * torch.where(nibbles > 7, -1.0, 1.0)
+    else:
+        values = codes.float()
+    scale = torch.exp2(scale.float() - 127) if scale.dtype == torch.uint8 else scale.float()
+    if second_scale is not None and label != "W4A8_AWQ":
+        scale = scale * found["up.weight_scale_2"]
+    if label == "FP8_PB_WO":
+        scale = scale.reshape(1, 2).repeat_interleave(128, 0)
+    if scale.ndim == 2:
+        scale = scale.repeat_interleave(256 // scale.shape[1], 1)
+    expected = dict(dequantized_weights(made))["up.weight"]
+    assert torch.equal(values * (scale[:, None] if scale.ndim == 1 else scale), expected)
+    if label == "W4A8_AWQ":
+        assert torch.equal(found["up.weight_scale_2"], expected.abs().amax() / 448)
+    if label == "W4A8_NVFP4_FP8":
+        assert found["up.weight_scale"].float().max() <= 448 / 6
 
 
 def test_int4_rows_lie_two_to_a_byte_the_even_one_low(tmp_path: Path) -> None:
@@ -165,6 +214,8 @@ def test_weights_keep_their_own_shape(tmp_path: Path) -> None:
     add_layer(made, "gpt", (128, 6), "int8-channel", is_transposed=True)
     add_layer(made, "words", (10, 4), "int8-channel", operation="embedding")
     add_layer(made, "gpt4", (128, 6), "int4-group64", is_transposed=True)
+    add_layer(made, "fp4", (128, 6), "nvfp4", is_transposed=True)
+    add_layer(made, "mx", (8, 16, 2, 4), "mxfp8", "mxfp8", operation="conv", is_dynamic=True)
     found = tensors(write(made, tmp_path / "out"))
     assert {name: shape for name, (_, shape) in found.items()} == {
         "conv.weight": (4, 3, 2, 2), "conv.weight_scale": (4,),
@@ -172,6 +223,8 @@ def test_weights_keep_their_own_shape(tmp_path: Path) -> None:
         "gpt.weight": (128, 6), "gpt.weight_scale": (1, 6),
         "words.weight": (10, 4), "words.weight_scale": (10,),
         "gpt4.weight": (128, 3), "gpt4.weight_scale": (2, 6),
+        "fp4.weight": (64, 6), "fp4.weight_scale": (8, 6), "fp4.weight_scale_2": (),
+        "mx.weight": (8, 16, 2, 4), "mx.weight_scale": (8, 4),
     }  # fmt: skip
 
 
@@ -184,7 +237,15 @@ REFUSED = {
         ("int8-channel", "int8-tensor-asymmetric"),
         r"static int8 per tensor, asymmetric inputs",
     ),
-    "NVFP4": ((NVFP4,), r"no label for e2m1 groups of 16, scales"),
+    "E5M2": (("e5m2-tensor", "e4m3-tensor"), r"no label for e5m2 per tensor weights"),
+    "double quantization": (
+        ("int4-group64-double-quant",),
+        r"no label for int4 groups of 64, scales uint8 per channel",
+    ),
+    "MXFP8 without inputs": (("mxfp8",), r"no label for e4m3 groups of 32, .* with unquantized inputs"),
+    "NVFP4 found per call": ((NVFP4, "nvfp4", True), r"with dynamic e2m1 groups of 16"),
+    "NVFP4 for FP8 kernels": ((NVFP4, "e4m3-tensor"), r"no label .*weights in 'nvfp4-in-fp8' fit\)"),
+    "four over six inputs": ((NVFP4, "nvfp4-four-over-six"), r"with static e2m1 groups of 16, four-over-six"),
     "lone inputs": ((None, "e4m3-tensor"), r"no place for a quantized input of an unquantized weight"),
 }
 
@@ -205,6 +266,60 @@ def test_what_the_layout_cannot_hold_is_refused_before_any_work(case: str, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    made = Handmade()
+    add_layer(made, "tall", (130, 128), "e4m3-tile128x128")
+    add_layer(made, "conv", (4, 16, 2, 4), "nvfp4", operation="conv")
+    add_layer(
+        made, "up", (16, 4, 2, 4), "mxfp8", "mxfp8", operation="conv_transposed", is_transposed=True, is_dynamic=True
+    )
+    problems = MODELOPT.problems(made.plan)
+    for problem, message in zip(
+        problems,
+        ("whole tiles of 128x128, and the weight is 130x128", "no such order for a conv", "blocks of a trans"),
+        strict=True,
+    ):
+        assert message in problem
+
+
+def with_cache(fmt: str) -> Handmade:
+    made = small_fp8()
+    add_attention(made, "blocks.0.attention.self", key_cache=fmt, value_cache=fmt)
+    return made
+
+
+@pytest.mark.parametrize(("fmt", "algorithm", "factor"), [("e4m3-tensor", "FP8", 1), ("nvfp4", "NVFP4", 6)])
+def test_scales_of_the_cache(fmt: str, algorithm: str, factor: int, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text("{}")
+    made = with_cache(fmt)
+    out = write(made, tmp_path / "out", source)
+    found = load_file(out / "model.safetensors")
+    for name in ("k_proj.k_scale", "v_proj.v_scale"):
+        assert found[f"blocks.0.attention.self.{name}"].item() == 0.03125 * factor  # amax / 448 in both
+    assert quantization(out)["kv_cache_quant_algo"] == algorithm
+    assert "kv_cache_scheme" in json.loads((out / "config.json").read_text())["quantization_config"]
+    comparison = compare_weights(
+        out, ((n, v.numpy()) for n, v in dequantized_weights(made)), activations=activation_scales(made)
+    )
+    assert comparison.agrees, comparison
+    assert comparison.num_activations == 6
+
+
+def test_caches_of_two_formats_or_of_some_layers_only_are_refused() -> None:
+    made = with_cache("e4m3-tensor")
+    add_attention(made, "other", key_cache="nvfp4", value_cache="nvfp4")
+    (problem,) = MODELOPT.problems(made.plan)
+    assert "'other': the layout has one format for all caches, and 'blocks.0.attention.self' has another" in problem
+    made = small_fp8()
+    add_attention(made, "half", key_cache="e4m3-tensor")
+    site = dataclasses.replace(made.decisions[-1].site, slots=(Slot.KEY_CACHE, Slot.VALUE_CACHE))
+    made.decisions[-1] = dataclasses.replace(made.decisions[-1], site=site)
+    (problem,) = MODELOPT.problems(made.plan)
+    assert "engines quantize all caches or none, and 'half.v_cache_quantizer' stays as it is" in problem
+
+
 def test_an_odd_number_of_rows_does_not_pack(tmp_path: Path) -> None:
     made = Handmade()
     add_layer(made, "up", (5, 128), "int4-group128")
@@ -221,7 +336,7 @@ def test_groups_of_a_transposed_convolution_are_refused() -> None:
     ("slot", "fmt", "message"),
     [
         ("output", "int8-tensor", "no place for output_quantizer"),
-        ("key_cache", "e4m3-tensor", "no place for k_cache_quantizer"),
+        ("key_cache", "int8-tensor", "caches in E4M3 with one static scale or in NVFP4, not static int8 per tensor"),
         ("query", "e4m3-token", "keeps one symmetric static scale for q_bmm_quantizer, not static e4m3 per token"),
         ("key", "int8-tensor-asymmetric", "not static int8 per tensor, asymmetric"),
     ],

@@ -201,8 +201,8 @@ def test_modelopt_scales_that_do_not_fit(tmp_path: Path) -> None:
     add_layer(made, "up", (4, 8), "int8-channel")
     out = modelopt_of(made, tmp_path / "out")
     for scale, message in (
-        (torch.ones(3), r"scales of shape \(3,\) do not fit codes of shape \(4, 8\)"),
-        (torch.ones(2, 8), r"scales of shape \(2, 8\) do not fit"),
+        (torch.ones(3), r"scales F32 of shape \(3,\) do not fit codes I8 of shape \(4, 8\)"),
+        (torch.ones(2, 8), r"scales F32 of shape \(2, 8\) do not fit"),
         (torch.ones(4, dtype=torch.float16), r"scale 'up\.weight_scale' is F16; F32 was expected"),
     ):
         weight = open_checkpoint(rewritten(out, up__weight_scale=scale)).weights["up.weight"]
@@ -212,18 +212,75 @@ def test_modelopt_scales_that_do_not_fit(tmp_path: Path) -> None:
 
 def test_a_modelopt_format_this_version_does_not_read_is_listed_all_the_same(tmp_path: Path) -> None:
     made = Handmade()
-    add_layer(made, "up", (4, 128), "int4-group128")
-    out = modelopt_of(made, tmp_path / "out")
-    config = json.loads((out / "hf_quant_config.json").read_text())
-    config["quantization"]["quant_algo"] = "NVFP4"
-    (out / "hf_quant_config.json").write_text(json.dumps(config))
-    rewritten(out, up__weight_scale=torch.ones(4, 8).to(torch.float8_e4m3fn), up__weight_scale_2=torch.tensor(0.5))
+    add_layer(made, "up", (4, 128), "nvfp4")
+    out = relabelled(modelopt_of(made, tmp_path / "out"), "NVFP4_NEXT")
     weight = open_checkpoint(out).weights["up.weight"]
-    assert weight.format == "NVFP4"
+    assert weight.format == "NVFP4_NEXT"
     assert set(weight.scales) == {"weight_scale", "weight_scale_2"}
-    with pytest.raises(UserError, match=r"'up\.weight': NVFP4, codes U8 \(2, 128\) .* is not read by this version"):
+    with pytest.raises(UserError, match=r"'up\.weight': scales .* NVFP4_NEXT is not read by this version"):
         weight.dequantize()
-    assert inspect(out).counts[0].format == "NVFP4"
+    assert inspect(out).counts[0].format == "NVFP4_NEXT"
+
+
+def relabelled(out: Path, label: str) -> Path:
+    config = json.loads((out / "hf_quant_config.json").read_text())
+    config["quantization"]["quant_algo"] = label
+    (out / "hf_quant_config.json").write_text(json.dumps(config))
+    return out
+
+
+E4M3, TWO_HALVES = torch.float8_e4m3fn, torch.full((2,), 0.5)
+DAMAGED_BLOCKS: dict[str, tuple[str, dict[str, torch.Tensor | None], str]] = {
+    "one scale too few": ("nvfp4", {"weight_scale": torch.ones(3, 16).to(E4M3)}, r"\(out_features, groups\) was exp"),
+    "groups that do not divide": ("nvfp4", {"weight_scale": torch.ones(4, 7).to(E4M3)}, r"\(out_features, groups\)"),
+    "no axis": ("nvfp4", {"weight": torch.tensor(1, dtype=torch.uint8)}, "two axes were expected"),
+    "one axis": ("nvfp4", {"weight": torch.ones(512, dtype=torch.uint8)}, r"\(out_features, groups\) was expected"),
+    "no scales": ("nvfp4", {"weight_scale": torch.ones(4, 0).to(E4M3)}, r"\(out_features, groups\) was expected"),
+    "another dtype": ("nvfp4", {"weight_scale": torch.ones(4, 16)}, "is F32; F8_E4M3 was expected"),
+    "no second scale": ("nvfp4", {"weight_scale_2": None}, "has a weight_scale_2 beside it, and there is none"),
+    "two second scales": ("nvfp4", {"weight_scale_2": TWO_HALVES}, r"is F32 \(2,\); one F32 was expected"),
+    "a second scale of integers": ("nvfp4", {"weight_scale_2": torch.tensor(1)}, r"is I64 \(\); one F32 was expected"),
+    "mx, another dtype": ("mxfp4", {"weight_scale": torch.ones(4, 8).to(E4M3)}, "is F8_E4M3; U8 was expected"),
+    "mx, another shape": ("mxfp4", {"weight_scale": torch.ones(4, 8, 1, dtype=torch.uint8)}, r"\(out_features, groups"),
+    "tiles": ("e4m3-tile128x128", {"weight_scale": torch.ones(2, 1, 1, 1)}, r"\(1, 1, 2, 1\) was expected"),
+    "int4, another dtype": ("int4-group64", {"weight_scale": torch.ones(4, 4).to(E4M3)}, "is F8_E4M3; F32 was exp"),
+    "int4, another shape": ("int4-group64", {"weight_scale": torch.ones(3, 4)}, r"do not fit scales of shape \(3, 4\)"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED_BLOCKS)
+def test_modelopt_blocks_that_do_not_fit(case: str, tmp_path: Path) -> None:
+    fmt, changes, message = DAMAGED_BLOCKS[case]
+    made = Handmade()
+    add_layer(made, "up", (128 if "tile" in fmt else 4, 256), fmt)
+    out = rewritten(modelopt_of(made, tmp_path / "out"), **{f"up__{part}": value for part, value in changes.items()})
+    inspect(out)
+    with pytest.raises(UserError, match=message):
+        open_checkpoint(out).weights["up.weight"].dequantize()
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_modelopt_blocks_of_any_shape_are_read_or_refused(tmp_path: Path, data: st.DataObject) -> None:
+    shapes = st.lists(st.integers(0, 40), max_size=4)
+    dtypes = st.sampled_from([torch.uint8, torch.float32, E4M3, torch.int8])
+    label = data.draw(st.sampled_from(["NVFP4", "MXFP4", "MXFP8", "FP8_PB_WO", "W4A8_AWQ", "FP8", "else"]))
+    out = tmp_path / "out"
+    if not out.exists():
+        modelopt_of(small_fp8(), out)
+    relabelled(out, label)
+    with ShardWriter(out, always_index=True) as writer:
+        codes = st.sampled_from([torch.uint8, E4M3, torch.int8])
+        writer.add("up.weight", torch.ones(data.draw(shapes)).to(data.draw(codes)))
+        for part in ("weight_scale", "weight_scale_2"):
+            writer.add(f"up.{part}", torch.ones(data.draw(shapes)).to(data.draw(dtypes)))
+        writer.close()
+    weight = open_checkpoint(out).weights["up.weight"]
+    try:
+        values = weight.dequantize()
+    except UserError:
+        return
+    assert values.shape == weight.shape
 
 
 @pytest.mark.parametrize("text", ["{}", '{"quantization": 3}', '{"quantization": {}}'])

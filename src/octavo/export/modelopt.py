@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from octavo.backends.codes import pack
 from octavo.errors import UserError
 from octavo.export.checkpoint import write_json, written_checkpoint
 from octavo.export.companions import read_json
@@ -18,14 +18,15 @@ from octavo.export.modelopt_labels import (
     ATTENTION_SLOTS,
     QUANTIZABLE,
     Label,
+    cache_algorithm,
+    cache_problem,
     from_decision,
     from_layer,
     label_of,
     layer_problem,
 )
+from octavo.export.modelopt_tensors import cache_tensors, layer_tensors, static_scale
 from octavo.export.shards import ShardWriter
-from octavo.export.views import channel_scale_to_parameter, to_parameter
-from octavo.numerics.qtensor import QTensor
 from octavo.numerics.snapshot import LayerSnapshot, Snapshot
 from octavo.spec.facts import Slot
 from octavo.spec.plan import Plan
@@ -35,7 +36,7 @@ _WAY_OUT = "the run directory holds every format; for this layout choose another
 
 
 class ModelOptExporter:
-    """``Exporter`` of FP8 (per tensor; per channel and token), INT8, INT8 weights only and INT4 in groups."""
+    """``Exporter`` of everything that ``modelopt_rows`` lists."""
 
     name = "modelopt"
 
@@ -46,6 +47,9 @@ class ModelOptExporter:
             problem = layer_problem(from_decision(decision)) if decision.scheme else None
             if problem:
                 found.append(_problem_text(decision.site.name, problem))
+        cache = cache_problem((from_decision(decision), decision.site.slots) for decision in plan.decisions)
+        if cache:
+            found.append(f"{cache}; {_WAY_OUT}")
         if not any(Slot.WEIGHT in decision.scheme for decision in plan.decisions):
             found.append("no layer of the plan has a quantized weight, so there is nothing to write")
         return found
@@ -73,8 +77,10 @@ class ModelOptExporter:
             if attention:
                 _write_attention(attention, attention_formats, partial)
             exclude = _excluded_modules(plan, labels)
-            write_json(partial / "hf_quant_config.json", hf_quant_config(labels, exclude))
-            _extend_config(partial / "config.json", labels, exclude, float_dtype)
+            cache = cache_algorithm(from_decision(decision) for decision in plan.decisions)
+            write_json(partial / "hf_quant_config.json", hf_quant_config(labels, exclude, cache))
+            section = quantization_config(labels, exclude, cache)
+            _extend_config(partial / "config.json", section, float_dtype)
         return out
 
 
@@ -90,54 +96,20 @@ def _write_tensors(
             label = _checked_label(layer)
             if label is not None:
                 labels[_module_of(layer)] = label
-                for name, tensor in _layer_tensors(layer):
+                for name, tensor in layer_tensors(layer, label):
                     writer.add(name, tensor)
+            for name, tensor in cache_tensors(layer):
+                writer.add(name, tensor)
             for slot in ATTENTION_SLOTS:
                 if slot in layer.activations:
                     name = f"{layer.name}.{slot.value}_scale"
-                    attention[name] = _static_scale(layer, slot)
+                    attention[name] = static_scale(layer, slot)
                     formats[name] = str(layer.activations[slot].format)
         for name, tensor in snapshot.passthrough():
             should_cast = float_dtype is not None and tensor.is_floating_point()
             writer.add(name, tensor.to(float_dtype) if should_cast else tensor)
         writer.close()
     return labels, attention, formats
-
-
-def _layer_tensors(layer: LayerSnapshot) -> Iterator[tuple[str, Tensor]]:
-    """A quantized weight in its parameter's shape, its scales, the scale of its input."""
-    weight = layer.weight
-    assert weight is not None
-    assert isinstance(weight.scale, Tensor)
-    if weight.format.element.bits == 4:
-        yield layer.weight_name, _packed_along_out(weight, layer)
-        yield f"{layer.weight_name}_scale", weight.scale.T.contiguous() if layer.is_transposed else weight.scale
-    else:
-        codes = to_parameter(weight.codes, layer)
-        yield layer.weight_name, codes if codes.dtype == torch.int8 else codes.view(torch.float8_e4m3fn)
-        is_per_tensor = weight.scale.ndim == 0
-        scale = weight.scale if is_per_tensor else channel_scale_to_parameter(weight.scale, layer)
-        yield f"{layer.weight_name}_scale", scale
-    inputs = layer.activations.get(Slot.INPUT)
-    if inputs is not None and not inputs.is_dynamic:
-        yield layer.weight_name.removesuffix("weight") + "input_scale", _static_scale(layer, Slot.INPUT)
-
-
-def _packed_along_out(weight: QTensor, layer: LayerSnapshot) -> Tensor:
-    """Two neighbours of the output axis in a byte, the even one in the low nibble; the other axes as they are."""
-    axis = 1 if layer.is_transposed else 0
-    last = to_parameter(weight.codes, layer).movedim(axis, -1)
-    return pack(last.contiguous(), 4).movedim(-1, axis)
-
-
-def _static_scale(layer: LayerSnapshot, slot: Slot) -> Tensor:
-    scale = layer.activations[slot].scale
-    if scale is None:
-        raise UserError(
-            f"layer {layer.name!r}: the {slot.value} quantizer is static and has no scale, because it saw no data; "
-            "calibrate with data that reaches the layer, or leave it out with a rule"
-        )
-    return scale.float().reshape(())
 
 
 def _checked_label(layer: LayerSnapshot) -> Label | None:
@@ -177,9 +149,7 @@ def _write_attention(scales: Mapping[str, Tensor], formats: Mapping[str, str], d
         writer.close()
 
 
-def _extend_config(
-    path: Path, labels: Mapping[str, Label], exclude: list[str], float_dtype: torch.dtype | None
-) -> None:
+def _extend_config(path: Path, section: Mapping[str, Any], float_dtype: torch.dtype | None) -> None:
     """``quantization_config`` goes into the model's configuration, where it has one."""
     if not path.is_file():
         return
@@ -187,7 +157,7 @@ def _extend_config(
     for key in ("dtype", "torch_dtype"):
         if key in config and float_dtype is not None:
             config[key] = str(float_dtype).removeprefix("torch.")
-    write_json(path, {**config, "quantization_config": quantization_config(labels, exclude)})
+    write_json(path, {**config, "quantization_config": section})
 
 
 def _is_previous(directory: Path) -> bool:

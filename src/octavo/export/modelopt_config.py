@@ -9,13 +9,26 @@ from octavo.export.modelopt_labels import Label
 from octavo.spec.version import VERSION
 
 LAYOUT_VERSION = "0.47.0"
-_GROUP = {
-    "FP8": {"weights": ("float", 8), "input_activations": ("float", 8)},
-    "FP8_PER_CHANNEL_PER_TOKEN": {"weights": ("float", 8), "input_activations": ("float", 8)},
-    "W8A8_SQ_PER_CHANNEL": {"weights": ("int", 8), "input_activations": ("int", 8)},
-    "W8A16": {"weights": ("int", 8)},
-    "W4A16_AWQ": {"weights": ("int", 4)},
+_WITH_ZERO_POINT_KEY = ("W4A16_AWQ", "W4A8_AWQ")
+Bits = tuple[str, int]
+_INT8, _INT4, _FP8, _FP4 = ("int", 8), ("int", 4), ("float", 8), ("float", 4)
+_BITS: dict[str, tuple[Bits, Bits | None]] = {  # of weights, and of inputs where they are rounded
+    "FP8": (_FP8, _FP8),
+    "FP8_PER_CHANNEL_PER_TOKEN": (_FP8, _FP8),
+    "FP8_PB_WO": (_FP8, _FP8),
+    "W8A8_SQ_PER_CHANNEL": (_INT8, _INT8),
+    "W8A16": (_INT8, None),
+    "W4A16_AWQ": (_INT4, None),
+    "W4A8_AWQ": (_INT4, _FP8),
+    "NVFP4": (_FP4, _FP4),
+    "W4A16_NVFP4": (_FP4, None),
+    "W4A8_NVFP4_FP8": (_FP4, _FP8),
+    "MXFP4": (_FP4, _FP4),
+    "W4A8_MXFP4_FP8": (_FP4, _FP8),
+    "MXFP8": (_FP8, _FP8),
 }
+_DYNAMIC_INPUTS = ("FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "MXFP4", "MXFP8")
+_INPUTS_IN_GROUPS = ("NVFP4", "MXFP4", "MXFP8")
 
 
 def producer() -> dict[str, str]:
@@ -29,38 +42,41 @@ def is_octavo_modelopt(config: Mapping[str, Any]) -> bool:
     return isinstance(made_by, dict) and str(made_by.get("written_by", "")).startswith("octavo ")
 
 
-def hf_quant_config(labels: Mapping[str, Label], exclude: Sequence[str]) -> dict[str, Any]:
-    """``hf_quant_config.json`` for modules with these labels."""
-    quantization = {**_summary(labels), "kv_cache_quant_algo": None, "exclude_modules": list(exclude)}
+def hf_quant_config(labels: Mapping[str, Label], exclude: Sequence[str], cache: str | None) -> dict[str, Any]:
+    """``hf_quant_config.json`` for modules with these labels, and for the format of the cache (``FP8``, ``NVFP4``)."""
+    quantization = {**_summary(labels), "kv_cache_quant_algo": cache, "exclude_modules": list(exclude)}
     return {"producer": producer(), "quantization": quantization}
 
 
-def quantization_config(labels: Mapping[str, Label], exclude: Sequence[str]) -> dict[str, Any]:
+def quantization_config(labels: Mapping[str, Label], exclude: Sequence[str], cache: str | None) -> dict[str, Any]:
     """The same facts as they stand in ``config.json``."""
-    summary = _summary(labels)
+    fp8_cache = {"dynamic": False, "num_bits": 8, "type": "float"}
     return {
         "quant_method": "modelopt",
-        **summary,
+        **_summary(labels),
         "ignore": list(exclude),
         "config_groups": _config_groups(labels),
+        **({} if cache is None else {"kv_cache_scheme": fp8_cache if cache == "FP8" else cache}),
         "producer": producer(),
     }
 
 
 def _summary(labels: Mapping[str, Label]) -> dict[str, Any]:
     """One algorithm for all, or ``MIXED_PRECISION`` with a list."""
-    kinds = set(labels.values())
-    if len(kinds) == 1:
-        return _algorithm(kinds.pop())
     layers = {module: _algorithm(label) for module, label in labels.items()}
+    first = next(iter(layers.values()))
+    if all(algorithm == first for algorithm in layers.values()):
+        return first
     return {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
 
 
 def _algorithm(label: Label) -> dict[str, Any]:
-    if label.group_size is None:
-        return {"quant_algo": label.algorithm}
-    more = {"group_size": label.group_size, "has_zero_point": False, "pre_quant_scale": False}
-    return {"quant_algo": label.algorithm, **more}
+    algorithm: dict[str, Any] = {"quant_algo": label.algorithm}
+    if label.group_size is not None:
+        algorithm["group_size"] = label.group_size
+    if label.algorithm in _WITH_ZERO_POINT_KEY:
+        algorithm |= {"has_zero_point": False, "pre_quant_scale": False}
+    return algorithm
 
 
 def _config_groups(labels: Mapping[str, Label]) -> dict[str, Any]:
@@ -68,13 +84,21 @@ def _config_groups(labels: Mapping[str, Label]) -> dict[str, Any]:
     groups: dict[str, Any] = {}
     for number, kind in enumerate(kinds):
         members = sorted(module for module, label in labels.items() if label == kind)
-        group: dict[str, Any] = {part: _arguments(kind, part) for part in _GROUP[kind.algorithm]}
-        groups[f"group_{number}"] = {**group, "targets": ["Linear"] if len(kinds) == 1 else members}
+        groups[f"group_{number}"] = {**_group(kind), "targets": ["Linear"] if len(kinds) == 1 else members}
     return groups
 
 
-def _arguments(label: Label, part: str) -> dict[str, Any]:
-    type_name, num_bits = _GROUP[label.algorithm][part]
-    is_dynamic = part == "input_activations" and label.algorithm == "FP8_PER_CHANNEL_PER_TOKEN"
-    arguments: dict[str, Any] = {"num_bits": num_bits, "type": type_name, "dynamic": is_dynamic}
-    return arguments if label.group_size is None else {**arguments, "group_size": label.group_size}
+def _group(label: Label) -> dict[str, Any]:
+    weights, inputs = _BITS[label.algorithm]
+    size = {} if label.group_size is None else {"group_size": label.group_size}
+    group: dict[str, Any] = {"weights": {**_arguments(weights, is_dynamic=False), **size}}
+    if inputs is not None and label.has_inputs:
+        is_dynamic = label.algorithm in _DYNAMIC_INPUTS
+        has_groups = label.algorithm in _INPUTS_IN_GROUPS
+        group["input_activations"] = {**_arguments(inputs, is_dynamic=is_dynamic), **(size if has_groups else {})}
+    return group
+
+
+def _arguments(bits: Bits, *, is_dynamic: bool) -> dict[str, Any]:
+    type_name, num_bits = bits
+    return {"num_bits": num_bits, "type": type_name, "dynamic": is_dynamic}

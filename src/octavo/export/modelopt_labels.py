@@ -1,37 +1,43 @@
 """Which layers the ModelOpt layout can hold, and under which label.
 
-docs/formats/modelopt.md has the table. The labels are those of ModelOpt 0.47, whose readers look them up.
+docs/formats/modelopt.md has the table, ``modelopt_rows`` its rows. The labels are those of ModelOpt 0.47, whose readers
+look them up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from octavo.export.modelopt_rows import (
+    BLOCK_LABELS,
+    FP4_LABELS,
+    INT4_LABELS,
+    Rounded,
+    find_row,
+    is_cache_fp8,
+    is_cache_nvfp4,
+)
 from octavo.numerics.snapshot import LayerSnapshot
-from octavo.spec.element import E4M3, INT4, INT8, INT8_NARROW
 from octavo.spec.facts import QUANTIZER_NAMES, Slot
 from octavo.spec.plan import Decision
-from octavo.spec.tensor_format import PLAIN_FP32, PerChannel, PerGroup, PerTensor, PerToken, TensorFormat
+from octavo.spec.tensor_format import PerGroup, PerTensor, TensorFormat
 
 ATTENTION_SLOTS = (Slot.QUERY, Slot.KEY, Slot.VALUE, Slot.SOFTMAX, Slot.ATTENTION_OUTPUT)
+CACHE_SLOTS = (Slot.KEY_CACHE, Slot.VALUE_CACHE)
 QUANTIZABLE = ("linear", "conv", "conv_transposed", "embedding")
 
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """What a layer is called in ``hf_quant_config.json``; ``group_size`` only where scales run over groups."""
+    """What a layer is called in ``hf_quant_config.json``.
+
+    ``group_size`` only where scales run over groups, ``has_inputs`` where an engine rounds them.
+    """
 
     algorithm: str
     group_size: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Rounded:
-    """A quantizer without its tensors."""
-
-    format: TensorFormat
-    is_dynamic: bool = False
+    has_inputs: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,45 +46,32 @@ class LayerFormats:
 
     name: str
     operation: str
-    out_features: int
+    weight_shape: tuple[int, ...]
     quantizers: Mapping[Slot, Rounded]
 
 
 def from_decision(decision: Decision) -> LayerFormats:
     """As planned."""
     quantizers = {slot: Rounded(spec.format, spec.is_dynamic) for slot, spec in decision.scheme.items()}
-    shape = decision.site.weight_shape
-    out_features = shape[-2] if len(shape) > 1 else 0
-    return LayerFormats(decision.site.name, decision.site.operation, out_features, quantizers)
+    return LayerFormats(decision.site.name, decision.site.operation, decision.site.weight_shape, quantizers)
 
 
 def from_layer(layer: LayerSnapshot) -> LayerFormats:
     """As it came out."""
     quantizers = {slot: Rounded(entry.format, entry.is_dynamic) for slot, entry in layer.activations.items()}
     if layer.weight is None:
-        return LayerFormats(layer.name, layer.operation, 0, quantizers)
+        return LayerFormats(layer.name, layer.operation, (), quantizers)
     quantizers[Slot.WEIGHT] = Rounded(layer.weight.format)
-    return LayerFormats(layer.name, layer.operation, layer.weight.shape[-2], quantizers)
+    return LayerFormats(layer.name, layer.operation, layer.weight.shape, quantizers)
 
 
 def label_of(layer: LayerFormats) -> Label | None:
     """The layer's label; ``None`` when the layout has none for it, or its weight stays as it is."""
     weight, inputs = layer.quantizers.get(Slot.WEIGHT), layer.quantizers.get(Slot.INPUT)
-    if weight is None or not weight.format.is_symmetric or weight.format.scale != PLAIN_FP32:
+    if weight is None:
         return None
-    match weight.format.element, weight.format.granularity:
-        case element, PerTensor() if element == E4M3 and _is_static_e4m3(inputs, layer.operation):
-            return Label("FP8")
-        case element, PerChannel(-2) if element == E4M3 and _is_e4m3_per_token(inputs, layer.operation):
-            return Label("FP8_PER_CHANNEL_PER_TOKEN")
-        case element, PerChannel(-2) if element in (INT8, INT8_NARROW) and inputs is None:
-            return Label("W8A16")
-        case element, PerChannel(-2) if element in (INT8, INT8_NARROW) and _is_static(inputs, INT8):
-            return Label("W8A8_SQ_PER_CHANNEL")
-        case element, PerGroup(size) if element == INT4 and inputs is None and layer.operation != "conv_transposed":
-            return Label("W4A16_AWQ", size)
-        case _:
-            return None
+    row = find_row(weight.format, inputs, has_input=layer.operation != "embedding")
+    return None if row is None else Label(row.algorithm, _group_size(weight.format), inputs is not None)
 
 
 def layer_problem(layer: LayerFormats) -> str | None:
@@ -93,15 +86,68 @@ def layer_problem(layer: LayerFormats) -> str | None:
         return "the layout has no place for a quantized input of an unquantized weight" if is_lone_input else None
     label = label_of(layer)
     if label is None:
-        return f"the layout has no label for {_describe(layer)}"
-    if label.algorithm == "W4A16_AWQ" and layer.out_features % 2:
-        return f"the layout packs two rows into a byte, and out_features={layer.out_features} is odd"
+        return f"the layout has no label for {_describe(layer)}{_hint(layer)}"
+    return _shape_problem(layer, label)
+
+
+def cache_algorithm(layers: Iterable[LayerFormats]) -> str | None:
+    """``FP8`` or ``NVFP4`` when the recipe quantizes the cache, which ``layer_problem`` found to be one of them."""
+    caches = [quantizer for layer in layers for slot, quantizer in layer.quantizers.items() if slot in CACHE_SLOTS]
+    if not caches:
+        return None
+    return "NVFP4" if is_cache_nvfp4(caches[0]) else "FP8"
+
+
+def cache_problem(layers: Iterable[tuple[LayerFormats, tuple[Slot, ...]]]) -> str | None:
+    """Why the layout cannot hold what is planned for the caches: engines have one format for all of them.
+
+    Args:
+        layers: With the slots that each of them could have.
+    """
+    formats: dict[bool, str] = {}
+    left = ""
+    for layer, slots in layers:
+        for slot in CACHE_SLOTS:
+            if slot in layer.quantizers:
+                formats.setdefault(is_cache_nvfp4(layer.quantizers[slot]), layer.name)
+            elif slot in slots:
+                left = left or f"{layer.name}.{QUANTIZER_NAMES[slot]}"
+    if len(formats) > 1:
+        return f"layer {formats[True]!r}: the layout has one format for all caches, and {formats[False]!r} has another"
+    if formats and left:
+        name = next(iter(formats.values()))
+        return f"layer {name!r}: engines quantize all caches or none, and {left!r} stays as it is"
     return None
+
+
+def _shape_problem(layer: LayerFormats, label: Label) -> str | None:
+    rows, columns = layer.weight_shape[-2:]
+    if len(layer.weight_shape) > 2:
+        return f"the layout wants a module for each matrix, and the weight has shape {layer.weight_shape}"
+    if label.algorithm in BLOCK_LABELS and layer.operation == "conv_transposed":
+        return f"the layout has no label for blocks of a transposed convolution ({_describe(layer)})"
+    if label.algorithm in FP4_LABELS and layer.operation == "conv":
+        return f"the layout packs two inputs into a byte and has no such order for a convolution ({_describe(layer)})"
+    if label.algorithm in INT4_LABELS and rows % 2:
+        return f"the layout packs two rows into a byte, and out_features={rows} is odd"
+    if label.algorithm == "FP8_PB_WO" and (rows % 128 or columns % 128):
+        return f"the layout has whole tiles of 128x128, and the weight is {rows}x{columns}"
+    if label.group_size is not None and columns % label.group_size:
+        return f"the layout has full groups of {label.group_size}, and in_features={columns}"
+    return None
+
+
+def _group_size(fmt: TensorFormat) -> int | None:
+    return fmt.granularity.size if isinstance(fmt.granularity, PerGroup) else None
 
 
 def _slot_problem(slot: Slot, quantizer: Rounded) -> str | None:
     if slot in (Slot.WEIGHT, Slot.INPUT):
         return None
+    if slot in CACHE_SLOTS:
+        if is_cache_fp8(quantizer) or is_cache_nvfp4(quantizer):
+            return None
+        return f"the layout has caches in E4M3 with one static scale or in NVFP4, not {_text(quantizer)}"
     if slot not in ATTENTION_SLOTS:
         return f"the layout has no place for {QUANTIZER_NAMES[slot]}"
     if quantizer.is_dynamic or not quantizer.format.is_symmetric or quantizer.format.granularity != PerTensor():
@@ -114,22 +160,14 @@ def _describe(layer: LayerFormats) -> str:
     return f"{layer.quantizers[Slot.WEIGHT].format} weights with {_text(inputs) if inputs else 'unquantized'} inputs"
 
 
+def _hint(layer: LayerFormats) -> str:
+    """What would fit in its place, where that is nearly the same."""
+    weight, inputs = layer.quantizers[Slot.WEIGHT].format, layer.quantizers.get(Slot.INPUT)
+    is_fp4 = find_row(weight, None, has_input=True) is not None and weight.is_nested
+    if is_fp4 and inputs is not None and is_cache_fp8(inputs):
+        return " (kernels unpack FP4 to FP8, where such group scales overflow; weights in 'nvfp4-in-fp8' fit)"
+    return ""
+
+
 def _text(quantizer: Rounded) -> str:
     return f"{'dynamic' if quantizer.is_dynamic else 'static'} {quantizer.format}"
-
-
-def _is_static_e4m3(inputs: Rounded | None, operation: str) -> bool:
-    return _is_static(inputs, E4M3) or (inputs is None and operation == "embedding")
-
-
-def _is_e4m3_per_token(inputs: Rounded | None, operation: str) -> bool:
-    if inputs is None:
-        return operation == "embedding"
-    return inputs.is_dynamic and inputs.format.element == E4M3 and inputs.format.granularity == PerToken()
-
-
-def _is_static(inputs: Rounded | None, element: object) -> bool:
-    if inputs is None or inputs.is_dynamic or not inputs.format.is_symmetric:
-        return False
-    is_element = inputs.format.element == element or (element == INT8 and inputs.format.element == INT8_NARROW)
-    return is_element and inputs.format.granularity == PerTensor()

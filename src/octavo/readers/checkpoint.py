@@ -22,6 +22,8 @@ class WeightEntry:
         codes: The stored codes.
         scales: Scales, zero points and the like, by their role.
         decode: Computes the values.
+        real_scales: What the scales stand for, by name: each computes its values.
+        has_signed_scales: Scales may be negative.
     """
 
     name: str
@@ -30,6 +32,8 @@ class WeightEntry:
     codes: StoredTensor
     scales: Mapping[str, StoredTensor]
     decode: Callable[[], np.ndarray]
+    real_scales: Mapping[str, Callable[[], np.ndarray]] = field(default_factory=dict)
+    has_signed_scales: bool = False
 
     @property
     def num_bytes(self) -> int:
@@ -47,13 +51,17 @@ class WeightEntry:
 
 @dataclass(frozen=True, slots=True)
 class ActivationEntry:
-    """An activation quantizer, by its full name (``blocks.0.up.input_quantizer``); dynamic ones have no scale."""
+    """An activation quantizer, by its full name (``blocks.0.up.input_quantizer``); dynamic ones have no scale.
+
+    ``scale`` is ``stored_factor`` times what values are divided by.
+    """
 
     name: str
     format: str
     is_dynamic: bool
     scale: StoredTensor | None = None
     zero_point: StoredTensor | None = None
+    stored_factor: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

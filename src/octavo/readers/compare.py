@@ -132,10 +132,13 @@ def _tensor_pairs(checkpoint: Checkpoint, expected: Named, tally: _Tally) -> Ite
 
 
 def _scale_pairs(checkpoint: Checkpoint, expected: Mapping[str, float], tally: _Tally) -> Iterator[Pair]:
-    found = {entry.name: entry.scale.read() for entry in checkpoint.activations.values() if entry.scale is not None}
+    found = {entry.name: entry for entry in checkpoint.activations.values() if entry.scale is not None}
     for name, value in expected.items():
         if name in found:
-            yield name, found[name], np.asarray(value, dtype=found[name].dtype)
+            entry = found[name]
+            assert entry.scale is not None
+            scale = entry.scale.read()
+            yield name, scale, np.asarray(value, dtype=scale.dtype) * scale.dtype.type(entry.stored_factor)
         else:
             tally.missing.append(name)
     tally.extra += [name for name in found if name not in expected]

@@ -12,7 +12,6 @@ import numpy as np
 
 from octavo.readers.checkpoint import Checkpoint
 from octavo.readers.opening import open_checkpoint
-from octavo.readers.tensor_files import StoredTensor
 
 INSPECTION_SCHEMA = "octavo.inspection/1"
 
@@ -104,12 +103,13 @@ def _count(rows: tuple[Row, ...]) -> Iterator[FormatCount]:
 
 def _concerns(checkpoint: Checkpoint) -> Iterator[Concern]:
     for weight in checkpoint.weights.values():
-        for role, scale in weight.scales.items():
-            if "zero_point" not in role and "codes" not in role:
-                yield from suspicious_scale(scale)
+        for name, read in weight.real_scales.items():
+            for concern in suspicious_scale(name, read()):
+                if not (weight.has_signed_scales and concern.issue == "negative"):
+                    yield concern
     for entry in checkpoint.activations.values():
         if entry.scale is not None:
-            yield from suspicious_scale(entry.scale)
+            yield from suspicious_scale(entry.scale.name, entry.scale.read().astype(np.float32))
     for name in checkpoint.missing_input_scales:
         text = "the format promises a calibrated input and there is no input scale (an embedding needs none)"
         yield Concern(name, "missing-input-scale", text)
@@ -125,15 +125,12 @@ _ISSUES: tuple[tuple[str, str, _Test], ...] = (
 )
 
 
-def suspicious_scale(scale: StoredTensor) -> Iterator[Concern]:
-    """What is wrong with the values of a scale."""
-    if not scale.dtype.startswith(("F", "BF")):
-        return
-    values = scale.read().astype(np.float32)
+def suspicious_scale(name: str, values: np.ndarray) -> Iterator[Concern]:
+    """What is wrong with the real values of a scale."""
     for issue, words, test in _ISSUES:
         found = int(np.count_nonzero(test(values)))
         if found:
-            yield Concern(scale.name, issue, f"{found} of {values.size} scales {'is' if found == 1 else 'are'} {words}")
+            yield Concern(name, issue, f"{found} of {values.size} scales {'is' if found == 1 else 'are'} {words}")
     if values.size and bool(np.all(values == 1)):
         which = "the scale is" if values.size == 1 else f"all {values.size} scales are"
-        yield Concern(scale.name, "default", f"{which} exactly 1.0, as when nothing was calibrated")
+        yield Concern(name, "default", f"{which} exactly 1.0, as when nothing was calibrated")

@@ -5,18 +5,14 @@ docs/formats/modelopt.md is the specification. Which axis a scale belongs to is 
 
 from __future__ import annotations
 
-import functools
 import json
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from octavo.errors import UserError
 from octavo.readers.checkpoint import ActivationEntry, Checkpoint, WeightEntry
-from octavo.readers.decoding import sign_extend
+from octavo.readers.modelopt_weights import weight_entry
 from octavo.readers.tensor_files import StoredTensor, open_tensors, read_header, read_object
 
 _ATTENTION = {
@@ -24,9 +20,14 @@ _ATTENTION = {
     "softmax": "softmax_quantizer", "attention_output": "bmm2_output_quantizer",
 }  # fmt: skip
 _CODES = ("F8_E4M3", "I8", "U8")
-_WITH_INPUT_SCALE = {"FP8": "e4m3 per tensor", "W8A8_SQ_PER_CHANNEL": "int8 per tensor"}
+_E4M3, _INT8, _NVFP4 = "e4m3 per tensor", "int8 per tensor", "e2m1 groups of 16, scales e4m3 per tensor"
+_WITH_INPUT_SCALE = {
+    "FP8": _E4M3, "W4A8_AWQ": _E4M3, "W4A8_NVFP4_FP8": _E4M3, "W4A8_MXFP4_FP8": _E4M3,
+    "W8A8_SQ_PER_CHANNEL": _INT8, "NVFP4": _NVFP4, "NVFP4_AWQ": _NVFP4, "NVFP4_SVD": _NVFP4,
+}  # fmt: skip
 _PARTS = ("weight_scale_2", "pre_quant_scale")
-_CACHE = {".k_scale": "k_cache_quantizer", ".v_scale": "v_cache_quantizer"}
+_CACHE = {".k_proj.k_scale": "k_cache_quantizer", ".v_proj.v_scale": "v_cache_quantizer"}
+_CACHE_FORMATS = {"FP8": (_E4M3, 1.0), "NVFP4": (_NVFP4, 6.0)}  # and what its scale is multiplied by in the file
 
 Tensors = Mapping[str, StoredTensor]
 
@@ -92,80 +93,10 @@ def _is_quantized(name: str, tensors: Tensors) -> bool:
 
 
 def _weight(codes: StoredTensor, tensors: Tensors, quantization: Mapping[str, Any]) -> WeightEntry:
-    stem = codes.name.removesuffix("weight")
     scales = {"weight_scale": tensors[f"{codes.name}_scale"]}
+    stem = codes.name.removesuffix("weight")
     scales |= {part: tensors[stem + part] for part in _PARTS if stem + part in tensors}
-    scale = scales["weight_scale"]
-    if codes.dtype == "U8" or "weight_scale_2" in scales:
-        return _packed_weight(codes, scales, _label(codes.name, quantization))
-    element = "e4m3" if codes.dtype == "F8_E4M3" else "int8"
-    granularity = "per tensor" if scale.shape == () else "per channel"
-    decode = functools.partial(_decode_rows, codes, scale)
-    return WeightEntry(codes.name, f"{element} {granularity}", codes.shape, codes, scales, decode)
-
-
-def _decode_rows(codes: StoredTensor, scale: StoredTensor) -> np.ndarray:
-    """Codes times one scale, or one for each index of the first axis or of the axis the scale's shape shows."""
-    factors = _read_scale(scale)
-    if factors.ndim == 1 and len(codes.shape) > 1 and factors.shape[0] == codes.shape[0]:
-        factors = factors.reshape(-1, *(1 for _ in codes.shape[1:]))
-    fits = factors.ndim in (0, len(codes.shape)) and all(
-        size in (1, whole) for size, whole in zip(factors.shape, codes.shape, strict=False)
-    )
-    if not fits:
-        raise UserError(
-            f"weight {codes.name!r}: scales of shape {scale.shape} do not fit codes of shape {codes.shape}; "
-            "(), (out_features,) or one size per axis was expected"
-        )
-    values: np.ndarray = codes.read().astype(np.float32) * factors
-    return values
-
-
-def _packed_weight(codes: StoredTensor, scales: Mapping[str, StoredTensor], label: str) -> WeightEntry:
-    """INT4 packed along the output axis; other packed formats are listed and not decoded."""
-    scale = scales["weight_scale"]
-    axis = _packed_axis(codes.shape, scale.shape)
-    if label not in ("W4A16_AWQ", "W4A8_AWQ") or axis is None or "weight_scale_2" in scales:
-        return WeightEntry(
-            codes.name, label, codes.shape, codes, scales, functools.partial(_refuse, codes, scale, label)
-        )
-    shape = tuple(2 * size if number == axis else size for number, size in enumerate(codes.shape))
-    group = math.prod(shape) // math.prod(scale.shape)
-    decode = functools.partial(_decode_nibbles, codes, scale, axis)
-    return WeightEntry(codes.name, f"int4 groups of {group}", shape, codes, scales, decode)
-
-
-def _packed_axis(codes: tuple[int, ...], scale: tuple[int, ...]) -> int | None:
-    """0 for scales ``(out_features, groups)``, 1 for the transposed ``(groups, out_features)``."""
-    if len(codes) < 2 or len(scale) != 2 or 0 in scale:
-        return None
-    if scale[0] == 2 * codes[0] and math.prod(codes[1:]) % scale[1] == 0:
-        return 0
-    return 1 if len(codes) == 2 and scale[1] == 2 * codes[1] and codes[0] % scale[0] == 0 else None
-
-
-def _decode_nibbles(codes: StoredTensor, scale: StoredTensor, axis: int) -> np.ndarray:
-    """Two rows in a byte, the even one in the low nibble, two's complement; scales over groups of inputs."""
-    packed, factors = codes.read(), _read_scale(scale)
-    if axis == 1:
-        packed, factors = packed.T, factors.T
-    rows = np.stack([packed & 15, packed >> 4], axis=1).reshape(2 * packed.shape[0], -1)
-    groups = sign_extend(rows, 4).astype(np.float32).reshape(*factors.shape, -1)
-    values = (groups * factors[..., None]).reshape(2 * packed.shape[0], *packed.shape[1:])
-    return np.ascontiguousarray(values.T) if axis == 1 else values
-
-
-def _refuse(codes: StoredTensor, scale: StoredTensor, label: str) -> np.ndarray:
-    raise UserError(
-        f"weight {codes.name!r}: {label}, codes {codes.dtype} {codes.shape} with scales {scale.dtype} {scale.shape}, "
-        "is not read by this version"
-    )
-
-
-def _read_scale(scale: StoredTensor) -> np.ndarray:
-    if scale.dtype != "F32":
-        raise UserError(f"scale {scale.name!r} is {scale.dtype}; F32 was expected")
-    return scale.read()
+    return weight_entry(codes, scales, _label(codes.name, quantization))
 
 
 def _input_scale_name(weight: str) -> str:
@@ -179,8 +110,13 @@ def _activation_scales(tensors: Tensors, quantization: Mapping[str, Any]) -> Ite
             label = _label(f"{stem}weight", quantization)
             site = stem.rstrip("._") or "(model)"
             yield ActivationEntry(f"{site}.input_quantizer", _WITH_INPUT_SCALE.get(label, label), False, tensor)
-        elif name.endswith(tuple(_CACHE)):
-            yield ActivationEntry(f"{name[:-8]}.{_CACHE[name[-8:]]}", "e4m3 per tensor", False, tensor)
+    algorithm = str(quantization.get("kv_cache_quant_algo"))
+    fmt, factor = _CACHE_FORMATS.get(algorithm, (algorithm, 1.0))
+    for ending, quantizer in _CACHE.items():
+        for name, tensor in tensors.items():
+            if name.endswith(ending):
+                site = name.removesuffix(ending)
+                yield ActivationEntry(f"{site}.{quantizer}", fmt, False, tensor, stored_factor=factor)
 
 
 def _attention_scales(path: Path) -> Iterator[ActivationEntry]:

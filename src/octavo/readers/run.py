@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,27 @@ def _weight(layout: Mapping[str, Any], tensors: Tensors) -> WeightEntry:
         first, second, *rest = parameter_shape
         return np.ascontiguousarray(matrix.reshape(second, first, *rest).swapaxes(0, 1))
 
-    return WeightEntry(key, describe(fmt), parameter_shape, _part(f"{key}.codes", tensors), scales, decode)
+    return WeightEntry(
+        key,
+        describe(fmt),
+        parameter_shape,
+        _part(f"{key}.codes", tensors),
+        scales,
+        decode,
+        real_scales=dict(_real_scales(key, fmt, shape, tensors)),
+        has_signed_scales=fmt["scale_rule"] == "full-range",
+    )
+
+
+def _real_scales(
+    key: str, fmt: Mapping[str, Any], shape: tuple[int, ...], tensors: Tensors
+) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
+    """Scales of every level by their names; offsets may be anything."""
+    if fmt["scale"] is None:
+        return
+    blocks = scale_shape(fmt["granularity"], shape)
+    yield f"{key}.scale", partial(_scales, f"{key}.scale", fmt["scale"], blocks, tensors)
+    yield from _real_scales(f"{key}.scale", fmt["scale"], blocks, tensors)
 
 
 def _shapes(layout: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
