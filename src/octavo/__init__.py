@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # what a type checker and an editor see
     from octavo.nn.lowered import lower
     from octavo.nn.register import register
     from octavo.nn.surgery import strip
+    from octavo.numerics.conversions import convert
     from octavo.pipeline import Run, evaluate, export, load, plan, quantize, save, sensitivity, verify
     from octavo.sources.batches import batches
     from octavo.sources.data import open_data
@@ -32,6 +33,7 @@ _HOMES = {
     "UserError": "errors",
     "VerificationError": "errors",
     "batches": "sources.batches",
+    "convert": "numerics.conversions",
     "evaluate": "pipeline",
     "export": "pipeline",
     "load": "pipeline",
