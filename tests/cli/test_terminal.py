@@ -140,7 +140,6 @@ print("SLOW", [name for name in ("torch", "transformers", "datasets") if name in
         ("quantize", "--help"),
         ("--version",),
         ("recipes",),
-        ("formats",),
         ("inspect", "run/modelopt"),
         ("plan", "bert", "--recipe", "fp9"),
         ("quantize", "bert", "--recipe", "fp9"),

@@ -170,10 +170,6 @@ def test_recipes_are_listed_with_aliases_and_a_sentence() -> None:
     assert "(also int4-weight-only, int4-group128)" in text
 
 
-def test_formats_are_listed_with_their_bits() -> None:
-    assert "int4-group128 int4 groups of 128 7 4.250" in lines_of(terminal.formats_table())
-
-
 def test_reports_need_neither_torch_nor_numpy() -> None:
     code = (
         "import sys, octavo.report.terminal, octavo.spec.resolve; "

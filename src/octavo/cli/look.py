@@ -178,11 +178,15 @@ def recipes(json: opt.Json = False) -> None:
     screen.emit({"schema": "octavo.recipes/1", "recipes": [recipe.to_dict() for recipe in presets()]})
 
 
-def formats(json: opt.Json = False) -> None:
-    """List the tensor formats that recipes can name."""
-    from octavo.report.terminal import formats_table
-    from octavo.spec.formats import FORMATS
+def formats(
+    pattern: Annotated[str, typer.Argument(metavar="[PATTERN]", help="Only those with such a name: 'nvfp4*'.")] = "*",
+    json: opt.Json = False,
+) -> None:
+    """List the tensor formats that recipes can name: bits, errors, and the layouts and engines that take them."""
+    from octavo.cli.catalogue import format_rows
+    from octavo.report.formats import formats_table
 
     screen = Screen(json)
-    screen.show(formats_table())
-    screen.emit({"schema": "octavo.formats/1", "formats": {name: fmt.to_dict() for name, fmt in FORMATS.items()}})
+    rows = format_rows(pattern)
+    screen.show(formats_table(rows))
+    screen.emit({"schema": "octavo.formats/1", "formats": {row.name: row.to_json_object() for row in rows}})

@@ -12,13 +12,11 @@ from rich.text import Text
 from octavo.report.fold import fold_names
 from octavo.report.plan_view import DottedName, plan_listing, plan_summary, plan_view
 from octavo.report.words import bytes_text, number_text, seconds_text, share_text
-from octavo.spec.formats import FORMATS
 from octavo.spec.recipe import Recipe
 from octavo.spec.records import MetricRecord, RunRecord, SensitivityRecord
 
 __all__ = [
     "comparison_table",
-    "formats_table",
     "leave_hint",
     "metrics_table",
     "plan_listing",
@@ -124,16 +122,6 @@ def recipes_table(recipes: Sequence[Recipe]) -> Table:
     for recipe in recipes:
         aliases = f" (also {', '.join(recipe.aliases)})" if recipe.aliases else ""
         table.add_row(Text(recipe.name, style="bold"), recipe.description + aliases)
-    return table
-
-
-def formats_table() -> Table:
-    """The catalogue of tensor formats: name, meaning, and bits per value of a 4096 x 4096 weight, scales counted."""
-    table = _table("format", "values and scales")
-    table.add_column("largest code", justify="right", no_wrap=True)
-    table.add_column("bits per value", justify="right", no_wrap=True)
-    for name, fmt in FORMATS.items():
-        table.add_row(name, str(fmt), f"{fmt.element.max:g}", f"{fmt.bits_per_element((4096, 4096)):.3f}")
     return table
 
 
