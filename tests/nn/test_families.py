@@ -152,26 +152,6 @@ def test_the_presets_leave_norms_alone(name: str) -> None:
         assert all(not d.scheme and d.why for d in norms)
 
 
-class WrittenOut(nn.Module):
-    """Attention as two products and a softmax in the open."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv = nn.Linear(16, 48)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.qkv(x).chunk(3, -1)
-        return torch.softmax(q @ k.transpose(-2, -1) / 4, -1) @ v
-
-
-def test_attention_that_is_written_out_stays_and_the_plan_says_why() -> None:
-    model, x = nn.Sequential(WrittenOut(), nn.Linear(16, 4)), torch.randn(2, 5, 16)
-    plan = octavo.plan(model, "fp8-attention", sample=x)
-    assert plan.decision("0").why == "a product of two activations outside of attention"
-    assert plan.decision("0").site.macs == 2 * 2 * 5 * 5 * 16
-    assert any("operation:attention) matches nothing" in warning for warning in plan.warnings)
-
-
 def encoder(batch_first: bool, **more: Any) -> nn.Module:
     layer = nn.TransformerEncoderLayer(16, 2, 24, batch_first=batch_first, norm_first=False)
     return nn.TransformerEncoder(layer, 2, **more).eval()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from octavo.nn.attention import QuantMultiheadAttention
+from octavo.nn.multihead import QuantMultiheadAttention
 
 MASKS = ("none", "bool", "float", "three", "padding", "both")
 

@@ -189,14 +189,25 @@ def test_training_drops_out_as_torch_does() -> None:
     assert torch.equal(model(x, x, x, {})[0], model(x, x, x, {})[0])
 
 
-def test_a_subclass_with_its_own_forward_stays_as_it_is_and_says_so() -> None:
-    class Own(nn.MultiheadAttention):
+def test_a_subclass_with_its_own_forward_is_quantized_behind_it() -> None:
+    class Doubled(nn.MultiheadAttention):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
-            return super().forward(*args, **kwargs)
+            output, weights = super().forward(*args, **kwargs)
+            return 2 * output, weights
 
-    model = Holder(Own(WIDTH, HEADS, batch_first=True)).eval()
-    facts = TorchDoor(model, "holder", (*inputs(True), {})).facts()
-    assert all("octavo.register" in s.obstacle for s in facts.sites if s.name in ("attention", "attention.in_proj"))
+    model = Holder(Doubled(WIDTH, HEADS, batch_first=True)).eval()
+    batch = (*inputs(True), {})
+    with torch.no_grad():
+        expected = model(*batch)[0]
+        run = octavo.quantize(model, "fp8-attention", [batch])
+        assert len(run.door.quantizer_names()) == 8
+        for quantizer in run.door.quantizer_names():
+            with run.door.disabled(lambda other, kept=quantizer: other != kept):
+                assert not torch.equal(model(*batch)[0], expected), quantizer
+        with run.door.disabled(lambda name: True):
+            assert torch.allclose(model(*batch)[0], expected, atol=1e-5)
+    octavo.strip(model)
+    assert type(model.attention) is Doubled
 
 
 def test_packed_keys_with_the_same_query_tensor_are_rounded_once() -> None:

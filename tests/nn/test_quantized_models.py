@@ -295,7 +295,7 @@ def test_norms_are_not_quantized_by_any_preset() -> None:
     assert not [name for name in run.door.quantizer_names() if "LayerNorm" in name]
 
 
-def test_a_subclass_with_its_own_forward_is_named_and_can_be_registered() -> None:
+def test_a_subclass_with_its_own_forward_is_looked_into_and_can_be_registered() -> None:
     from octavo.nn.layers import through
     from octavo.spec.facts import Slot
 
@@ -310,8 +310,8 @@ def test_a_subclass_with_its_own_forward_is_named_and_can_be_registered() -> Non
 
     model = torch.nn.Sequential(Doubled(8, 8), torch.nn.Linear(8, 4))
     batch = torch.randn(4, 8)
-    plan = octavo.plan(model, "fp8", sample=batch)
-    assert "octavo.register" in plan.decision("0").why
+    assert "octavo.register" in octavo.plan(model, "fp8").decision("0").why  # without a sample nobody looks inside
+    assert set(octavo.plan(model, "fp8", sample=batch).decision("0").scheme) == {Slot.WEIGHT, Slot.INPUT}
     octavo.register(Doubled, QuantDoubled, slots=("weight", "input"))
     before = outputs(model, batch)
     run = octavo.quantize(model, "fp8", [batch])

@@ -10,7 +10,9 @@ from typing import Any
 from octavo.errors import UserError
 from octavo.numerics.door import Door
 from octavo.report.progress import Track, silent
+from octavo.spec.facts import Slot
 from octavo.spec.plan import Plan
+from octavo.spec.select import quantizer_name
 
 logger = logging.getLogger(__name__)
 
@@ -29,9 +31,14 @@ class Calibrated:
 
 
 def needs_data(plan: Plan) -> list[str]:
-    """Quantizers whose range only data can tell: static ones on activations."""
-    weight = "weight_quantizer"
-    return [name for name, spec in plan.quantizers() if not spec.is_dynamic and not name.endswith(weight)]
+    """Quantizers whose range only data can tell: static ones on activations, but not on probabilities."""
+    known = (Slot.WEIGHT, Slot.SOFTMAX)
+    return [
+        quantizer_name(decision.site.name, slot)
+        for decision in plan.decisions
+        for slot, spec in decision.scheme.items()
+        if not spec.is_dynamic and slot not in known
+    ]
 
 
 def require_no_data(plan: Plan) -> None:

@@ -1,7 +1,7 @@
 """Between a layer's matrix ``(out_features, in_features)`` and its parameter in the model's own shape.
 
-One rule serves every parameter: where inputs come first (transformers' Conv1D, transposed convolutions) the first two
-axes change places, then the axes after the first are flattened.
+One rule serves every parameter: behind the axes of a stack of matrices (experts), where inputs come first
+(transformers' Conv1D, transposed convolutions) two axes change places, then the axes after the first are flattened.
 """
 
 from __future__ import annotations
@@ -17,8 +17,14 @@ def to_parameter(matrix: Tensor, layer: LayerSnapshot) -> Tensor:
     """``matrix`` in the shape that the parameter has in the state dict: values, or codes before packing."""
     if not layer.is_transposed:
         return matrix.reshape(layer.weight_shape)
-    first, second, *rest = layer.weight_shape
-    return matrix.reshape(second, first, *rest).transpose(0, 1).contiguous()
+    stack = _num_stacked(layer)
+    first, second, *rest = layer.weight_shape[stack:]
+    matrix = matrix.reshape(*layer.weight_shape[:stack], second, first, *rest)
+    return matrix.transpose(stack, stack + 1).contiguous()
+
+
+def _num_stacked(layer: LayerSnapshot) -> int:
+    return len(layer.weight.shape) - 2 if layer.weight is not None else 0
 
 
 def channel_scale_to_parameter(scale: Tensor, layer: LayerSnapshot) -> Tensor:
@@ -28,7 +34,8 @@ def channel_scale_to_parameter(scale: Tensor, layer: LayerSnapshot) -> Tensor:
     """
     if not layer.is_transposed:
         return scale
-    return scale.reshape(1, -1, *(1 for _ in layer.weight_shape[2:]))
+    stack = _num_stacked(layer)
+    return scale.reshape(*layer.weight_shape[:stack], 1, -1, *(1 for _ in layer.weight_shape[stack + 2 :]))
 
 
 def dequantized_weights(snapshot: Snapshot) -> Iterator[tuple[str, Tensor]]:

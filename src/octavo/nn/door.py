@@ -14,7 +14,7 @@ from octavo.nn import surgery
 from octavo.nn.blocks import TorchBlock, find_blocks
 from octavo.nn.quantizer import ActivationQuantizer, Mode, Quantizer, WeightQuantizer
 from octavo.nn.sites import Site, find_sites
-from octavo.nn.snapshot import TorchSnapshot, weight_key
+from octavo.nn.snapshot import TorchSnapshot, stored_parameter
 from octavo.sources.feeding import feed
 from octavo.spec.facts import ModelFacts
 from octavo.spec.plan import Plan
@@ -121,22 +121,21 @@ class TorchDoor:
 
 def weight_quantizers(model: nn.Module) -> Iterator[tuple[WeightQuantizer, nn.Parameter]]:
     """Every weight quantizer with its parameter, tied ones once."""
-    seen: set[int] = set()
-    for path, module in model.named_modules():
-        for child in module.children():
-            if isinstance(child, WeightQuantizer) and id(child) not in seen:
-                seen.add(id(child))
-                yield child, model.get_parameter(weight_key(path, module))
+    for child in model.modules():  # which gives a module that is shared once
+        if isinstance(child, WeightQuantizer):
+            yield child, stored_parameter(model, child.key)
 
 
 @torch.no_grad()
 def simulated_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """State-dict key of every quantized weight, and the rounded values that the simulation computes with."""
-    for path, module in model.named_modules():
-        for child in module.children():
-            if isinstance(child, WeightQuantizer) and child.mode is Mode.QUANTIZE:
-                key = weight_key(path, module)
-                yield key, child(model.get_parameter(key))
+    names: dict[int, list[str]] = {}
+    for key, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(key)
+    for quantizer, parameter in weight_quantizers(model):
+        if quantizer.mode is Mode.QUANTIZE:
+            rounded = quantizer(parameter)
+            yield from ((key, rounded) for key in names[id(parameter)])
 
 
 def activation_scales(model: nn.Module) -> dict[str, float]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -54,7 +53,8 @@ class _Quantized(nn.Module):
     weight: Tensor
 
     def _weight(self) -> Tensor:
-        return through(self, Slot.WEIGHT, self.weight)
+        stored = self._parameters.get("weight")  # a weight that others read, too, is rounded by a property
+        return through(self, Slot.WEIGHT, self.weight if stored is None else stored)
 
 
 class QuantLinear(_Quantized, nn.Linear):
@@ -208,25 +208,42 @@ def layer_kind(module: nn.Module) -> LayerKind | None:
     return _NORM if cls.__name__.endswith(("Norm", "Norm1d", "Norm2d", "Norm3d")) else None
 
 
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class that ``module`` had before it was quantized."""
+    cls: type[nn.Module] = vars(type(module)).get("octavo_original", type(module))
+    return cls
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether ``module`` derives from a known layer but computes in its own way."""
+    kind = layer_kind(module)
+    if isinstance(module, nn.MultiheadAttention):
+        return original_class(module).forward is not nn.MultiheadAttention.forward
+    if kind is None or kind.operation == "norm" or kind in _REGISTERED.values() or kind is _TRANSPOSED_LINEAR:
+        return False
+    base = next(base for base, known in LAYER_KINDS.items() if known is kind)
+    own = original_class(module)
+    return own.forward is not base.forward or getattr(own, "_conv_forward", 0) is not getattr(base, "_conv_forward", 0)
+
+
+def is_sealed(module: nn.Module) -> bool:
+    """Whether a counterpart stands for all that ``module`` computes, so that nobody looks inside."""
+    if isinstance(module, nn.MultiheadAttention):
+        return not has_own_forward(module)
+    kind = layer_kind(module)
+    return kind is not None and kind.operation != "norm" and not has_own_forward(module)
+
+
 def obstacle(module: nn.Module, kind: LayerKind) -> str:
     """Why ``module`` cannot be quantized although its type is known; empty when it can."""
     if kind.operation == "norm" or kind in _REGISTERED.values():
         return ""
-    if kind is not _TRANSPOSED_LINEAR:
+    if has_own_forward(module):
         base = next(base for base, known in LAYER_KINDS.items() if known is kind)
-        own = getattr(type(module), "octavo_original", type(module))
-        if own.forward is not base.forward:
-            names = f"{own.__name__} derives from {base.__name__}"
-            return f"{names}, with its own forward: hand in its counterpart with octavo.register"
+        names = f"{original_class(module).__name__} derives from {base.__name__}"
+        return f"{names}, with its own forward: hand in its counterpart with octavo.register"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "an embedding with max_norm changes its weight during the forward"
     if "weight" not in module._parameters:
         return "its weight is computed (a parametrization or weight norm): remove the parametrization first"
     return ""
-
-
-@cache
-def quantized_class(cls: type[nn.Module], counterpart: type[nn.Module]) -> type[nn.Module]:
-    """A class that computes as ``counterpart``, is still a ``cls`` and remembers it (``octavo_original``)."""
-    bases = (counterpart,) if issubclass(counterpart, cls) else (counterpart, cls)
-    return type(f"Quant{cls.__name__}", bases, {"octavo_original": cls, "__module__": cls.__module__})

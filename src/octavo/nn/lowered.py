@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from octavo.errors import UserError
 from octavo.nn.packed import PackedTensor
 from octavo.nn.quantizer import Mode, WeightQuantizer
-from octavo.nn.snapshot import weight_key
+from octavo.nn.snapshot import stored_parameter
 
 
 class PackedWeight(nn.Module):
@@ -49,24 +49,26 @@ def lower(model: nn.Module) -> nn.Module:
         UserError: nothing is quantized, a weight has no range yet, or a quantized weight is trained on.
     """
     holders = [
-        (path, holder, name, child)
-        for path, holder in model.named_modules()
+        (holder, name, child)
+        for holder in model.modules()
         for name, child in holder._modules.items()
         if isinstance(child, WeightQuantizer)
     ]
     if not holders:
         raise UserError("nothing to lower: this model has no quantized weight; call octavo.quantize first")
-    waiting = [child.name for _, _, _, child in holders if child.mode is not Mode.QUANTIZE]
+    waiting = [child.name for _, _, child in holders if child.mode is not Mode.QUANTIZE]
     if waiting:
         raise UserError(f"quantizer '{waiting[0]}' has no range yet: calibrate before lowering")
-    packed: dict[int, PackedWeight] = {}
-    for path, holder, name, quantizer in holders:
-        key = weight_key(path, holder)
-        owner_path, _, parameter_name = key.rpartition(".")
-        owner = model.get_submodule(owner_path)
-        if id(quantizer) not in packed:
-            packed[id(quantizer)] = PackedWeight(quantizer, owner.get_parameter(parameter_name))
-        _replace(owner, parameter_name, packed[id(quantizer)])
+    keys: dict[int, list[str]] = {}
+    for key, parameter in model.named_parameters(remove_duplicate=False):
+        keys.setdefault(id(parameter), []).append(key)
+    for quantizer in dict.fromkeys(child for _, _, child in holders):
+        parameter = stored_parameter(model, quantizer.key)
+        packed = PackedWeight(quantizer, parameter)
+        for key in keys[id(parameter)]:
+            path, _, name = key.rpartition(".")
+            _replace(model.get_submodule(path), name, packed)
+    for holder, name, _ in holders:
         del holder._modules[name]
     return model
 

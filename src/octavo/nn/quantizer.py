@@ -24,6 +24,7 @@ from octavo.nn.views import WeightView
 from octavo.numerics.observers import NotFiniteError, Observer, make_observer
 from octavo.numerics.qtensor import QTensor, quantize_scale
 from octavo.numerics.scaling import outer_scale_from_amax, scale_from_range, search_scale
+from octavo.spec.facts import Slot
 from octavo.spec.plan import QuantizerSpec
 from octavo.spec.tensor_format import one_level
 
@@ -39,6 +40,8 @@ class Mode(Enum):
 class Quantizer(nn.Module):
     """Scale, zero point and mode of one quantizer.
 
+    It knows the ``site``, ``slot`` and ``operation`` that it was made for.
+
     Buffers: ``scale`` fp32 and, for asymmetric formats, ``zero_point`` int32, NaN and 0 until calibrated;
     dynamic quantizers have none, weights with scaled scales keep them in ``stored_scale``. Of an activation in a
     nested format ``scale`` is that of the outermost level. Scales stay fp32 when the model is cast to another dtype.
@@ -46,6 +49,9 @@ class Quantizer(nn.Module):
 
     scale: Tensor | None
     zero_point: Tensor | None
+    site: str = ""
+    slot: Slot | None = None
+    operation: str = ""
 
     def __init__(self, name: str, spec: QuantizerSpec, scale_shape: tuple[int, ...] | None) -> None:
         super().__init__()
@@ -156,6 +162,20 @@ class ActivationQuantizer(Quantizer):
             return work(x)
         return self.shared.get(x, self.mode, work)
 
+    def fix_range(self, low: float, high: float) -> None:
+        """A range that no data need tell; nothing is observed."""
+        if self.scale is None:
+            return
+        self.observer = None
+        self._cover(*(torch.tensor(value, device=self.scale.device) for value in (low, high)))
+
+    def _cover(self, low: Tensor, high: Tensor) -> None:
+        fmt = self.spec.format
+        if fmt.is_nested:
+            self.set_range(outer_scale_from_amax(torch.maximum(-low, high), fmt), None)
+        else:
+            self.set_range(*scale_from_range(low, high, fmt))
+
     def _round(self, x: Tensor) -> Tensor:
         return fake_quantize(x, self.format_key, self.scale, self.zero_point)
 
@@ -180,11 +200,7 @@ class ActivationQuantizer(Quantizer):
         low, high = self.observer.range()
         if float(low) == 0.0 and float(high) == 0.0:
             return "every value in the calibration data was 0"
-        fmt = self.spec.format
-        if fmt.is_nested:
-            self.set_range(outer_scale_from_amax(torch.maximum(-low, high), fmt), None)
-        else:
-            self.set_range(*scale_from_range(low, high, fmt))
+        self._cover(low, high)
         return ""
 
 
@@ -194,9 +210,16 @@ def new_observer(spec: QuantizerSpec) -> Observer | None:
 
 
 class WeightQuantizer(Quantizer):
-    """Rounds one parameter. A frozen weight is rounded once, not at every forward."""
+    """Rounds one parameter. A frozen weight is rounded once, not at every forward.
 
-    def __init__(self, name: str, spec: QuantizerSpec, view: WeightView) -> None:
+    Args:
+        name: Full name of the quantizer.
+        spec: Format and observer.
+        view: The parameter as a matrix.
+        key: The parameter's key in the model's state dict.
+    """
+
+    def __init__(self, name: str, spec: QuantizerSpec, view: WeightView, key: str) -> None:
         fmt = spec.format
         if spec.observer.name not in ("absmax", "mse") or (spec.observer.name == "mse" and not fmt.is_symmetric):
             raise UserError(
@@ -213,6 +236,7 @@ class WeightQuantizer(Quantizer):
         # Whatever their levels, scales are real values in the end, and rounding only needs those.
         self.rounding_key = format_key(one_level(fmt)) if fmt.is_nested else self.format_key
         self.view = view
+        self.key = key
         self._rounded: tuple[weakref.ref[Tensor], tuple[object, ...], Tensor] | None = None
 
     def forward(self, weight: Tensor) -> Tensor:

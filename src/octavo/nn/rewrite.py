@@ -1,8 +1,8 @@
 """Methods with some of their call expressions redirected.
 
-Observation tells at which call expression of which function attention is computed. The function is compiled
-again from its own source with just that expression changed, ``callee(a, b)`` to ``redirect(self, callee, a, b)``,
-and put into a subclass. Nothing is active at run time but plain functions, so ``torch.compile``, ``torch.export``,
+Observation tells at which call expressions of which function tensors meet. The function is compiled again from its
+own source with just these expressions changed, ``callee(a, b)`` to ``redirect(self, callee, a, b)``, and put into a
+subclass. Nothing is active at run time but plain functions, so ``torch.compile``, ``torch.export``,
 threads and deepcopy see nothing unusual. Line numbers, globals, defaults, closures and decorators stay.
 """
 
@@ -13,17 +13,13 @@ import ast
 import copy
 import functools
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from types import CellType, CodeType, FunctionType
 from typing import Any
 
-Position = tuple[int, int, int, int]
-"""Line, last line, column and end column (in bytes) of an expression, as code objects and ``ast`` give them."""
-
-Redirect = Callable[..., Any]
-"""Called as ``redirect(owner, callee, *args, **kwargs)`` in place of ``callee(*args, **kwargs)``."""
+from octavo.nn.expressions import Position, Redirect, Redirector
 
 _OWNER = "octavo_owner__"
 _FUTURES = functools.reduce(
@@ -34,38 +30,6 @@ _FUTURES = functools.reduce(
 
 class NoSourceError(Exception):
     """A function cannot be compiled again; the text says why."""
-
-
-@dataclass(frozen=True, slots=True)
-class CallPoint:
-    """One call expression inside a function."""
-
-    code: CodeType
-    position: Position
-
-
-def call_point(frame: Any) -> CallPoint:
-    """The call that ``frame`` is executing right now."""
-    code = frame.f_code
-    line, last, column, end = list(code.co_positions())[frame.f_lasti // 2]
-    return CallPoint(code, (line, last, column, end))
-
-
-class _Redirector(ast.NodeTransformer):
-    def __init__(self, owner: str, names: Mapping[Position, str]) -> None:
-        self.owner = owner
-        self.names = names
-        self.found: set[Position] = set()
-
-    def visit_Call(self, node: ast.Call) -> ast.AST:
-        position = (node.lineno, node.end_lineno or 0, node.col_offset, node.end_col_offset or 0)
-        self.generic_visit(node)
-        if position not in self.names:
-            return node
-        self.found.add(position)
-        arguments: list[ast.expr] = [ast.Name(self.owner, ast.Load()), node.func, *node.args]
-        redirected = ast.Call(ast.Name(self.names[position], ast.Load()), arguments, node.keywords)
-        return ast.copy_location(redirected, node)
 
 
 @lru_cache(maxsize=64)
@@ -112,12 +76,12 @@ class Redirected:
         return clone
 
 
-def redirected(code: CodeType, redirects: Mapping[Position, Redirect], *, takes_owner: bool) -> Redirected:
+def redirected(code: CodeType, redirects: Mapping[Position, tuple[str, Redirect]], *, takes_owner: bool) -> Redirected:
     """``code`` with the calls at some positions redirected; calls in functions defined inside count as its own.
 
     Args:
         code: Of a plain function (a method as its class holds it).
-        redirects: Position -> what is called instead.
+        redirects: Position -> the tensor method that is called there (empty for none), and what is called instead.
         takes_owner: True adds a first parameter that is handed to the redirects; False hands them the
             function's own first parameter (``self``).
 
@@ -125,15 +89,18 @@ def redirected(code: CodeType, redirects: Mapping[Position, Redirect], *, takes_
         NoSourceError: the source is not there, or is not what was executed.
     """
     tree = copy.deepcopy(_definition(code))
-    names = {position: f"octavo_redirect_{k}__" for k, position in enumerate(redirects)}
+    names = {
+        position: (f"octavo_redirect_{k}__", method) for k, (position, (method, _)) in enumerate(redirects.items())
+    }
     owner = _OWNER if takes_owner else code.co_varnames[0]
-    transformer = _Redirector(owner, names)
+    transformer = Redirector(owner, names, "octavo_callee__")
     tree.body = [transformer.visit(statement) for statement in tree.body]
     if transformer.found != set(redirects):
         raise NoSourceError(f"the source of {code.co_name} is not the code that ran ({code.co_filename})")
     _make_bare(tree, takes_owner=takes_owner)
-    new_code = _compile_inside_factory(tree, code, tuple(names.values()))
-    return Redirected(code, new_code, {names[position]: CellType(call) for position, call in redirects.items()})
+    cells = {names[position][0]: CellType(call) for position, (_, call) in redirects.items()}
+    cells |= {name: CellType(callee) for name, callee in transformer.needed.items()}
+    return Redirected(code, _compile_inside_factory(tree, code, tuple(cells)), cells)
 
 
 def _make_bare(tree: ast.FunctionDef, *, takes_owner: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,38 +11,19 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from octavo.errors import UserError
-from octavo.nn.attention import ATTENTION_SLOTS
-from octavo.nn.layers import layer_kind, obstacle
+from octavo.nn.functional import ROOT, claimed, functional_sites
+from octavo.nn.layers import has_own_forward, is_sealed, layer_kind, obstacle, original_class
 from octavo.nn.reach import with_reach
-from octavo.nn.trace import AttentionCall, Trace, trace
+from octavo.nn.site import Site, joined, make_facts
+from octavo.nn.trace import Trace, trace
 from octavo.nn.views import WeightView
-from octavo.spec.facts import ModelFacts, SiteFacts, Slot
+from octavo.spec.facts import ModelFacts, Slot
 
+_MULTIHEAD_SLOTS = (Slot.QUERY, Slot.KEY, Slot.VALUE, Slot.SOFTMAX, Slot.ATTENTION_OUTPUT)
 _NOT_TRACED = (
-    "no sample was traced: attention calls and multiply-adds are unknown, and quantizers on them cannot be planned; "
-    "give a sample of the model's inputs"
+    "no sample was traced: attention calls, products written in functions and multiply-adds are unknown, and "
+    "quantizers on them cannot be planned; give a sample of the model's inputs"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Site:
-    """Facts, and where in the module tree they live.
-
-    Args:
-        facts: What the plan sees.
-        module: Path of the module that gets the quantizers.
-        weight: Name of the weight among that module's parameters, empty for none.
-        view: The weight as a matrix.
-        call: The attention call, for a site of that kind found by observation.
-        ordinal: Which of the owner's attention calls it is.
-    """
-
-    facts: SiteFacts
-    module: str
-    weight: str = ""
-    view: WeightView | None = None
-    call: AttentionCall | None = None
-    ordinal: int = 0
 
 
 def find_sites(model: nn.Module, source: str, run: Callable[[], Any] | None) -> tuple[ModelFacts, list[Site]]:
@@ -59,7 +40,7 @@ def find_sites(model: nn.Module, source: str, run: Callable[[], Any] | None) -> 
     _check_parameters(model)
     seen = trace(model, run) if run is not None else None
     sites = list(_collect(model, seen))
-    sites = _share_inputs(_link_ties(model, sites), seen)
+    sites = _share_inputs(_link_ties(model, sites))
     if seen is not None:
         sites = [replace(site, facts=with_reach(site.facts, site.module, seen)) for site in sites]
     facts = ModelFacts(
@@ -96,108 +77,97 @@ def _check_parameters(model: nn.Module) -> None:
 
 
 def _collect(model: nn.Module, seen: Trace | None) -> Iterator[Site]:
+    """Sites in the order in which their modules first ran; every parameter in at least one."""
     modules = dict(model.named_modules())
+    found = functional_sites(model, seen) if seen is not None else []
     if seen is not None:
         rank = {path: k for k, path in enumerate(seen.order)}
         modules = dict(sorted(modules.items(), key=lambda item: rank.get(item[0], len(rank))))
-    calls: dict[str, list[AttentionCall]] = {}
-    for call in seen.attention if seen else ():
-        calls.setdefault(call.owner, []).append(call)
+    keys, names = claimed(found), {site.facts.name for site in found}
     for path, module in modules.items():
-        yield from _module_sites(path, module, seen)
-        for ordinal, call in enumerate(calls.get(path, ())):
-            assert seen is not None
-            yield _attention_site(path, module, call, ordinal, seen)
-
-
-def _base_types(module: nn.Module) -> tuple[str, ...]:
-    own = getattr(type(module), "octavo_original", type(module))
-    return tuple(base.__name__ for base in own.__mro__[1:] if issubclass(base, nn.Module) and base is not nn.Module)
-
-
-def _facts(name: str, operation: str, module: nn.Module, parameters: dict[str, nn.Parameter], **more: Any) -> SiteFacts:
-    own = getattr(type(module), "octavo_original", type(module))
-    return SiteFacts(
-        name=name,
-        operation=operation,
-        type_name=own.__name__,
-        base_types=_base_types(module),
-        parameters={key: p.numel() for key, p in parameters.items()},
-        parameter_bytes=sum(p.nbytes for p in parameters.values()),
-        **more,
-    )
+        runs_itself = seen is not None and is_sealed(module) and path in seen.order
+        own = _own_parameters(path, module)
+        parameters = own if runs_itself else {key: p for key, p in own.items() if key not in keys}
+        if path not in names and (path or ROOT) not in names:
+            yield from _module_sites(path, module, parameters, seen)
+        elif parameters:
+            yield _other(f"{path or ROOT}#other", module, parameters, path, seen)
+        yield from (site for site in found if site.module == path)
 
 
 def _own_parameters(path: str, module: nn.Module) -> dict[str, nn.Parameter]:
-    prefix = f"{path}." if path else ""
-    return {prefix + name: p for name, p in module._parameters.items() if p is not None}
+    return {joined(path, name): p for name, p in module._parameters.items() if p is not None}
 
 
-def _module_sites(path: str, module: nn.Module, seen: Trace | None) -> Iterator[Site]:
-    parameters = _own_parameters(path, module)
+def _module_sites(
+    path: str, module: nn.Module, parameters: dict[str, nn.Parameter], seen: Trace | None
+) -> Iterator[Site]:
     kind = layer_kind(module)
-    if isinstance(module, nn.MultiheadAttention):
+    is_inherited = seen is None or not has_own_forward(module) or path in seen.inherited
+    if isinstance(module, nn.MultiheadAttention) and is_inherited:
         yield from _multihead_sites(path, module, parameters, seen)
     elif kind is not None:
-        reason = obstacle(module, kind) or _read_outside(path, seen)
+        reason = obstacle(module, kind)
+        if reason and seen is not None and has_own_forward(module):
+            reason = _unseen(path, seen)
         weight = module._parameters.get("weight")
         view = kind.view(weight) if weight is not None and kind.operation != "norm" else None
-        facts = _facts(
+        key = joined(path, "weight") if view else ""
+        facts = make_facts(
             path,
             kind.operation,
             module,
             parameters,
             slots=() if reason else kind.slots,
             weight_shape=view.matrix_shape if view else (),
-            weight_name=_joined(path, "weight") if view else "",
+            weight_name=key,
             macs=seen.macs.get(path, 0) if seen else None,
             obstacle=reason,
         )
         if parameters or kind.operation != "norm":
-            yield Site(facts, path, "weight" if view else "", view)
-    elif parameters or (seen is not None and _loose_products(path, seen)):
+            reads = seen.reads.get(path, -1) if seen and kind.operation == "linear" else -1
+            yield Site(facts, path, key, view, is_read=_is_read_outside(key, seen), reads=reads)
+    elif parameters:
+        yield _other(path or ROOT, module, parameters, path, seen)
+
+
+def _other(name: str, module: nn.Module, parameters: dict[str, nn.Parameter], path: str, seen: Trace | None) -> Site:
+    """Parameters that meet no activation in a product."""
+    if seen is None:
+        why = "without a sample nobody knows how its parameters are used"
+    else:
+        uses = sorted({use for key in parameters for use in seen.uses.get(key, ())})
         why = (
-            "its parameters are used outside of the layers that octavo quantizes"
-            if parameters
-            else ("a product of two activations outside of attention")
+            f"its parameters meet activations in no product (only in {', '.join(uses)})"
+            if uses
+            else _unseen(path, seen)
         )
-        macs = _loose_products(path, seen) if seen else None
-        yield Site(_facts(path or "(model)", "other", module, parameters, macs=macs, obstacle=why), path)
+    return Site(make_facts(name, "other", module, parameters, macs=0 if seen else None, obstacle=why), path)
 
 
-def _read_outside(path: str, seen: Trace | None) -> str:
-    if seen is None or _joined(path, "weight") not in seen.read_outside:
-        return ""
-    return "its weight is also read outside of its own forward, where no quantizer would see it"
+def _unseen(path: str, seen: Trace) -> str:
+    if path not in seen.order:
+        return "the sample did not reach it"
+    return "its parameters were not used in the traced forward, or in no product that octavo knows"
 
 
-def _loose_products(path: str, seen: Trace) -> int:
-    """Products of two activations that are not an attention call's own."""
-    if any(call.owner == path and call.is_interface for call in seen.attention):
-        return 0
-    return seen.products.get(path, 0)
-
-
-def _joined(*parts: str) -> str:
-    return ".".join(part for part in parts if part)
+def _is_read_outside(key: str, seen: Trace | None) -> bool:
+    return seen is not None and key in seen.read_outside
 
 
 def _multihead_sites(
     path: str, module: nn.MultiheadAttention, parameters: dict[str, nn.Parameter], seen: Trace | None
 ) -> Iterator[Site]:
-    own = getattr(type(module), "octavo_original", type(module))
     reason = (
-        ""
-        if own.forward is nn.MultiheadAttention.forward
-        else (
-            f"{own.__name__} is a MultiheadAttention with a forward of its own: "
-            "hand in its counterpart with octavo.register"
-        )
+        f"{original_class(module).__name__} is a MultiheadAttention with a forward of its own: "
+        "give a sample, or hand in its counterpart with octavo.register"
+        if seen is None and has_own_forward(module)
+        else ""
     )
     weights = {name: p for name, p in module._parameters.items() if p is not None and name.endswith("_weight")}
     for name, weight in weights.items():
-        key, holder = _joined(path, name), _joined(path, name.removesuffix("_weight"))
-        facts = _facts(
+        key, holder = joined(path, name), joined(path, name.removesuffix("_weight"))
+        facts = make_facts(
             holder,
             "linear",
             module,
@@ -208,17 +178,11 @@ def _multihead_sites(
             macs=seen.macs.get(holder, 0) if seen else None,
             obstacle=reason,
         )
-        yield Site(replace(facts, type_name="Linear", base_types=()), holder, name, WeightView(tuple(weight.shape)))
+        yield Site(replace(facts, type_name="Linear", base_types=()), holder, key, WeightView(tuple(weight.shape)))
     macs = seen.macs.get(path, 0) if seen else None
-    slots = () if reason else ATTENTION_SLOTS
-    facts = _facts(path or "(model)", "attention", module, parameters, slots=slots, macs=macs, obstacle=reason)
+    slots = () if reason else _MULTIHEAD_SLOTS
+    facts = make_facts(path or ROOT, "attention", module, parameters, slots=slots, macs=macs, obstacle=reason)
     yield Site(facts, path)
-
-
-def _attention_site(path: str, module: nn.Module, call: AttentionCall, ordinal: int, seen: Trace) -> Site:
-    name = (path or "(model)") + (f"#{ordinal}" if ordinal else "")
-    facts = _facts(name, "attention", module, {}, slots=ATTENTION_SLOTS, macs=seen.attention[call])
-    return Site(facts, path, call=call, ordinal=ordinal)
 
 
 def _link_ties(model: nn.Module, sites: list[Site]) -> list[Site]:
@@ -239,15 +203,12 @@ def _link_ties(model: nn.Module, sites: list[Site]) -> list[Site]:
     return linked
 
 
-def _share_inputs(sites: list[Site], seen: Trace | None) -> list[Site]:
+def _share_inputs(sites: list[Site]) -> list[Site]:
     """Name the layers that read the same tensor to each other."""
-    if seen is None:
-        return sites
     readers: dict[int, list[str]] = {}
     for site in sites:
-        number = seen.reads.get(site.module)
-        if number is not None and site.facts.operation == "linear" and site.weight == "weight":
-            readers.setdefault(number, []).append(site.facts.name)
+        if site.reads >= 0 and Slot.INPUT in site.facts.slots:
+            readers.setdefault(site.reads, []).append(site.facts.name)
     groups = {name: tuple(names) for names in readers.values() if len(names) > 1 for name in names}
     result = []
     for site in sites:

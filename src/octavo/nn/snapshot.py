@@ -7,12 +7,9 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor, nn
 
 from octavo.nn.extras import INPUT_TRANSFORM, LOW_RANK, InputTransform, LowRank
-from octavo.nn.layers import layer_kind
 from octavo.nn.quantizer import ActivationQuantizer, Mode, Quantizer, WeightQuantizer
 from octavo.numerics.snapshot import ActivationScale, LayerSnapshot
-from octavo.spec.facts import QUANTIZER_NAMES, Slot
-
-_SLOT_OF = {name: slot for slot, name in QUANTIZER_NAMES.items()}
+from octavo.spec.facts import Slot
 
 
 class TorchSnapshot:
@@ -24,17 +21,18 @@ class TorchSnapshot:
 
     def layers(self) -> Iterator[LayerSnapshot]:
         """See ``Snapshot.layers``."""
-        for path, holder in self.model.named_modules():
-            by_site: dict[str, dict[Slot, Quantizer]] = {}
-            for child_name, child in holder._modules.items():
-                if isinstance(child, Quantizer) and child.mode is not Mode.OFF:
-                    site, _, _ = child.name.rpartition(".")
-                    by_site.setdefault(site, {})[slot_of(child_name)] = child
-            for site, quantizers in by_site.items():
-                if site == (path or "(model)") or site.startswith(f"{path or '(model)'}#"):
-                    yield self._layer(site, path, holder, quantizers)
+        by_site: dict[str, dict[Slot, Quantizer]] = {}
+        holders: dict[str, nn.Module] = {}
+        for holder in self.model.modules():
+            for child in holder._modules.values():
+                if isinstance(child, Quantizer) and child.mode is not Mode.OFF and child.slot is not None:
+                    by_site.setdefault(child.site, {}).setdefault(child.slot, child)
+                    if child.slot is Slot.WEIGHT:
+                        holders.setdefault(child.site, holder)
+        for site, quantizers in by_site.items():
+            yield self._layer(site, quantizers, holders.get(site, self.model))
 
-    def _layer(self, site: str, path: str, holder: nn.Module, quantizers: Mapping[Slot, Quantizer]) -> LayerSnapshot:
+    def _layer(self, site: str, quantizers: Mapping[Slot, Quantizer], holder: nn.Module) -> LayerSnapshot:
         weight_quantizer = quantizers.get(Slot.WEIGHT)
         activations = {
             slot: ActivationScale(q.spec.format, q.spec.is_dynamic, q.scale, q.zero_point)
@@ -43,17 +41,16 @@ class TorchSnapshot:
         }
         memory = next((q.shared for q in quantizers.values() if isinstance(q, ActivationQuantizer) and q.shared), None)
         group = memory.name if memory is not None else ""
-        kind = layer_kind(holder)
-        operation = kind.operation if kind is not None else "linear" if weight_quantizer else "attention"
+        operation = next(iter(quantizers.values())).operation
         if not isinstance(weight_quantizer, WeightQuantizer):
             return LayerSnapshot(site, operation, activations=activations, fusion_group=group)
         transform, branch = holder._modules.get(INPUT_TRANSFORM), holder._modules.get(LOW_RANK)
-        key = weight_key(path, holder)
+        key = weight_quantizer.key
         return LayerSnapshot(
             site,
             operation,
             weight_name=key,
-            weight=weight_quantizer.codes(self.model.get_parameter(key)),
+            weight=weight_quantizer.codes(stored_parameter(self.model, key)),
             weight_shape=weight_quantizer.view.shape,
             is_transposed=weight_quantizer.view.is_transposed,
             activations=activations,
@@ -64,13 +61,14 @@ class TorchSnapshot:
         )
 
     def quantized_keys(self) -> set[str]:
-        """State-dict keys of the weights that become codes."""
-        return {
-            weight_key(path, holder)
-            for path, holder in self.model.named_modules()
-            for child in holder.children()
+        """State-dict keys of the weights that become codes, by every name that they have."""
+        keys = {
+            child.key
+            for child in self.model.modules()
             if isinstance(child, WeightQuantizer) and child.mode is not Mode.OFF
         }
+        owners = {self._aliases.get(key, key) for key in keys}
+        return keys | owners | {alias for alias, owner in self._aliases.items() if owner in owners}
 
     def passthrough(self) -> Iterator[tuple[str, Tensor]]:
         """See ``Snapshot.passthrough``."""
@@ -101,15 +99,9 @@ class TorchSnapshot:
         return aliases
 
 
-def slot_of(child_name: str) -> Slot:
-    """The slot of a quantizer by its name as a child; a second attention call's has ``_1`` behind it."""
-    return _SLOT_OF.get(child_name) or _SLOT_OF[child_name.rpartition("_")[0]]
-
-
-def weight_key(path: str, holder: nn.Module) -> str:
-    """State-dict key of the weight that a weight quantizer under ``path`` serves.
-
-    It is ``weight`` of the same module, or ``<name>_weight`` of the parent for a projection of
-    ``nn.MultiheadAttention``.
-    """
-    return f"{path}.weight".strip(".") if "weight" in holder._parameters else f"{path}_weight"
+def stored_parameter(model: nn.Module, key: str) -> nn.Parameter:
+    """The parameter as it is stored, where reading it as an attribute may give its rounded values."""
+    path, _, name = key.rpartition(".")
+    parameter = model.get_submodule(path)._parameters[name]
+    assert parameter is not None
+    return parameter

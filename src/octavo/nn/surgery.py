@@ -6,21 +6,23 @@ back needs is in the classes (``octavo_original``), so it works on a deepcopy, t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from itertools import chain
 from typing import Any, NoReturn
 
 from torch import nn
 
 from octavo.errors import UserError
-from octavo.nn.attention import QuantMultiheadAttention, attention_class, child_name
+from octavo.nn.changes import Change, changed_class
 from octavo.nn.extras import InputTransform, LowRank
-from octavo.nn.layers import layer_kind, quantized_class
+from octavo.nn.layers import has_own_forward, layer_kind
+from octavo.nn.multihead import QuantMultiheadAttention
 from octavo.nn.quantizer import ActivationQuantizer, Quantizer, SharedInput, WeightQuantizer, new_observer
-from octavo.nn.rewrite import NoSourceError
-from octavo.nn.sites import Site
-from octavo.spec.facts import QUANTIZER_NAMES, Slot
+from octavo.nn.site import Site, joined
+from octavo.spec.facts import Slot
 from octavo.spec.plan import Decision, Plan
+from octavo.spec.select import quantizer_name
 
 _MARK = "octavo_original"
 _OURS = (Quantizer, InputTransform, LowRank)
@@ -30,17 +32,22 @@ def insert(model: nn.Module, plan: Plan, sites: Mapping[str, Site]) -> None:
     """Make every decision of ``plan`` true in ``model``. Nothing stays half done: an error takes all out again.
 
     Raises:
-        UserError: the model has quantizers already, or an attention call cannot be reached.
+        UserError: the model has quantizers already.
     """
     if any(isinstance(module, Quantizer) for module in model.modules()):
         raise UserError("this model has octavo's quantizers already: take them out first with octavo.strip(model)")
     try:
         shared = _shared_inputs(plan)
+        changes: dict[str, Change] = {}
         for decision in plan.decisions:
             if decision.scheme:
-                _insert_one(model, decision, sites[decision.site.name], shared.get(decision.site.name))
-        _follow_ties(model, plan, sites)
-        _redirect_attention(model, plan, sites)
+                site = sites[decision.site.name]
+                _insert_one(model, decision, site, shared.get(decision.site.name))
+                _note_changes(model, changes, site, decision.scheme)
+        _follow_ties(model, plan, sites, changes)
+        for path, change in changes.items():
+            module = model.get_submodule(path)
+            module.__class__ = changed_class(type(module), change)
         _close_side_doors(model)
     except BaseException:
         strip(model)
@@ -65,68 +72,70 @@ def _shared_inputs(plan: Plan) -> dict[str, SharedInput]:
 
 
 def _insert_one(model: nn.Module, decision: Decision, site: Site, shared: SharedInput | None) -> None:
-    module = _holder(model, site)
-    device = next(chain(module.parameters(), model.parameters())).device
     for slot, spec in decision.scheme.items():
-        name = f"{decision.site.name}.{QUANTIZER_NAMES[slot]}"
+        path, child = site.place(slot)
+        home = _home(model, path)
+        device = next(chain(home.parameters(), model.parameters())).device
+        name = quantizer_name(decision.site.name, slot)
         quantizer: Quantizer
         if slot is Slot.WEIGHT:
             assert site.view is not None
-            quantizer = WeightQuantizer(name, spec, site.view)
+            quantizer = WeightQuantizer(name, spec, site.view, site.weight)
         else:
             quantizer = ActivationQuantizer(name, spec, shared if slot is Slot.INPUT else None)
-        module.add_module(child_name(slot, site.ordinal), quantizer.to(device))
+            if slot is Slot.SOFTMAX:
+                quantizer.fix_range(0.0, 1.0)
+        quantizer.site, quantizer.slot, quantizer.operation = decision.site.name, slot, decision.site.operation
+        home.add_module(child, quantizer.to(device))
 
 
-def _follow_ties(model: nn.Module, plan: Plan, sites: Mapping[str, Site]) -> None:
+def _home(model: nn.Module, path: str) -> nn.Module:
+    """The module at ``path``; a projection inside ``nn.MultiheadAttention`` gets one to hold its quantizers."""
+    parent, _, name = path.rpartition(".")
+    owner = model.get_submodule(parent)
+    if path and name not in owner._modules:
+        owner.add_module(name, nn.Module())
+    return model.get_submodule(path)
+
+
+def _note_changes(model: nn.Module, changes: dict[str, Change], site: Site, slots: Iterable[Slot]) -> None:
+    """What the site's modules become, added to what other sites make of them."""
+
+    def add(path: str, **more: Any) -> None:
+        known = changes.get(path, Change())
+        changes[path] = replace(known, **more)
+
+    for path, calls in site.calls.items():
+        add(path, calls=(*changes.get(path, Change()).calls, *calls))
+    if site.is_read and Slot.WEIGHT in slots:
+        path, _, name = site.weight.rpartition(".")
+        add(path, reads=(*changes.get(path, Change()).reads, (name, site.place(Slot.WEIGHT)[1])))
+    if not site.calls:
+        owner, module = _computing_module(model, site)
+        kind = layer_kind(module)
+        if isinstance(module, nn.MultiheadAttention):
+            add(owner, counterpart=QuantMultiheadAttention, is_below=has_own_forward(module))
+        elif kind is not None and not has_own_forward(module):
+            add(owner, counterpart=kind.counterpart)
+
+
+def _computing_module(model: nn.Module, site: Site) -> tuple[str, nn.Module]:
+    if site.weight and not site.is_read:
+        path = site.weight.rpartition(".")[0]
+        return path, model.get_submodule(path)
+    return site.module, model.get_submodule(site.module)
+
+
+def _follow_ties(model: nn.Module, plan: Plan, sites: Mapping[str, Site], changes: dict[str, Change]) -> None:
     """A layer that shares its weight with a quantized one computes with the same rounded weight."""
     quantized = {d.site.name for d in plan.decisions if Slot.WEIGHT in d.scheme}
     for site in sites.values():
         if site.facts.tied_to in quantized and site.weight and site.facts.slots:
-            owner = model.get_submodule(sites[site.facts.tied_to].module)
-            child = QUANTIZER_NAMES[Slot.WEIGHT]
-            _holder(model, site).add_module(child, owner.get_submodule(child))
-
-
-def _holder(model: nn.Module, site: Site) -> nn.Module:
-    """The module that gets the quantizers, of its quantized class."""
-    if site.weight not in ("", "weight"):  # a projection inside nn.MultiheadAttention
-        path, _, name = site.module.rpartition(".")
-        owner = model.get_submodule(path)
-        _change_class(owner, QuantMultiheadAttention)
-        if name not in owner._modules:
-            owner.add_module(name, nn.Module())
-        return owner.get_submodule(name)
-    module = model.get_submodule(site.module)
-    kind = layer_kind(module)
-    if isinstance(module, nn.MultiheadAttention):
-        _change_class(module, QuantMultiheadAttention)
-    elif kind is not None:
-        _change_class(module, quantized_class(type(module), kind.counterpart))
-    return module
-
-
-def _change_class(module: nn.Module, cls: type[nn.Module]) -> None:
-    if _MARK not in vars(type(module)):
-        module.__class__ = cls
-
-
-def _redirect_attention(model: nn.Module, plan: Plan, sites: Mapping[str, Site]) -> None:
-    owners: dict[str, list[Site]] = {}
-    for decision in plan.decisions:
-        site = sites[decision.site.name]
-        if decision.scheme and site.call is not None:
-            owners.setdefault(site.module, []).append(site)
-    for path, group in owners.items():
-        module = model.get_submodule(path)
-        try:
-            cls = attention_class(type(module), tuple((s.ordinal, s.call) for s in group if s.call is not None))
-        except NoSourceError as error:
-            raise UserError(
-                f"the attention call in '{path}' ({type(module).__name__}) cannot be reached: {error}; "
-                f"leave it out with --leave '{path}', or hand in a counterpart with octavo.register"
-            ) from error
-        module.__class__ = cls
+            path, child = sites[site.facts.tied_to].place(Slot.WEIGHT)
+            quantizer = model.get_submodule(joined(path, child))
+            path, child = site.place(Slot.WEIGHT)
+            _home(model, path).add_module(child, quantizer)
+            _note_changes(model, changes, replace(site, calls={}) if site.is_read else site, [Slot.WEIGHT])
 
 
 class _NoFastPath(nn.TransformerEncoderLayer):
@@ -159,7 +168,7 @@ def _close_side_doors(model: nn.Module) -> None:
     for module in model.modules():
         for base, closed in _FUSED.items():
             if isinstance(module, base) and any(isinstance(m, Quantizer) for m in module.modules()):
-                _change_class(module, quantized_class(type(module), closed))
+                module.__class__ = changed_class(type(module), Change(counterpart=closed))
         if callable(getattr(type(module), "save_pretrained", None)):
             module.__dict__["save_pretrained"] = _refuse_save
 

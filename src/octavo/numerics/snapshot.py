@@ -31,7 +31,7 @@ class LayerSnapshot:
     """One site with at least one quantizer.
 
     Args:
-        name: Site name, ``<module path>`` or ``<module path>#k``.
+        name: Site name, ``<module path>`` or ``<module path>#<operation><number>``.
         operation: As in ``SiteFacts``.
         weight_name: Full state-dict key of the weight (``<path>.weight``), empty without one.
         weight: The quantized weight, viewed ``(..., out_features, in_features)``; ``None`` when it stays as it is.

@@ -118,8 +118,10 @@ def _weight(layout: Mapping[str, Any], tensors: Tensors) -> WeightEntry:
         matrix = dequantize(key, fmt, shape, tensors)
         if not layout["is_transposed"]:
             return matrix.reshape(parameter_shape)
-        first, second, *rest = parameter_shape
-        return np.ascontiguousarray(matrix.reshape(second, first, *rest).swapaxes(0, 1))
+        stack = len(shape) - 2  # axes that number matrices of their own
+        first, second, *rest = parameter_shape[stack:]
+        matrix = matrix.reshape(*parameter_shape[:stack], second, first, *rest)
+        return np.ascontiguousarray(matrix.swapaxes(stack, stack + 1))
 
     return WeightEntry(
         key,
@@ -149,7 +151,9 @@ def _shapes(layout: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]
     shape, parameter_shape = tuple(layout["shape"]), tuple(layout["parameter_shape"])
     if not all(type(size) is int and size >= 0 for size in shape + parameter_shape):
         raise ValueError(f"the shapes of {layout['key']!r} are {shape} and {parameter_shape}")
-    if math.prod(shape) != math.prod(parameter_shape) or (layout["is_transposed"] and len(parameter_shape) < 2):
+    if math.prod(shape) != math.prod(parameter_shape) or (
+        layout["is_transposed"] and not 2 <= len(shape) <= len(parameter_shape)
+    ):
         raise ValueError(f"{layout['key']!r}: a matrix of shape {shape} cannot be a parameter of {parameter_shape}")
     return shape, parameter_shape
 

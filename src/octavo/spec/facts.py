@@ -46,8 +46,9 @@ class SiteFacts:
     """One place where a parameter meets an activation, or two activations meet.
 
     Args:
-        name: Stable dotted name: the module's path; ``path#1`` for the second such call inside one module.
-        operation: ``linear``, ``conv``, ``conv_transposed``, ``embedding``, ``attention``, ``norm``, ``other``.
+        name: Stable dotted name: the module's path; ``path#operation`` with a number for further sites in one module.
+        operation: ``linear``, ``conv``, ``conv_transposed``, ``embedding``, ``attention``, ``matmul`` (a product of two
+            activations), ``norm``, ``other``.
         type_name: Class name of the module (what ``type:`` patterns match); ``base_types`` its base classes' names.
         slots: Slots that a rule may give a quantizer.
         weight_shape: ``(out_features, in_features)`` view of the weight, empty without one.

@@ -1,0 +1,132 @@
+"""Expressions of a function: which one is running, and how it is changed into a call of a redirect.
+
+``f(a)`` becomes ``redirect(owner, f, a)``; ``a @ b`` and ``a.matmul(b)``, where a tensor stands in front,
+become ``redirect(owner, matmul, a, b)``.
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import CodeType
+from typing import Any
+
+import torch
+
+Position = tuple[int, int, int, int]
+"""Line, last line, column and end column (in bytes) of an expression, as code objects and ``ast`` give them."""
+
+Redirect = Callable[..., Any]
+"""Called as ``redirect(owner, callee, *args, **kwargs)`` in place of ``callee(*args, **kwargs)``."""
+
+
+@dataclass(frozen=True, slots=True)
+class CallPoint:
+    """One call expression (or ``a @ b``) inside a function.
+
+    Args:
+        code: The function's.
+        position: Where in its source.
+        method: The tensor method that it calls, for ``a.matmul(b)``; empty for any other call.
+    """
+
+    code: CodeType
+    position: Position
+    method: str = ""
+
+
+def call_point(frame: Any) -> CallPoint:
+    """The expression that ``frame`` is executing right now."""
+    code = frame.f_code
+    line, last, column, end = list(code.co_positions())[frame.f_lasti // 2]
+    return CallPoint(code, (line, last, column, end))
+
+
+def _positions(node: ast.expr) -> set[Position]:
+    """What code objects may give for ``node``: a method call over several lines begins at the method's name."""
+    last, end = node.end_lineno or 0, node.end_col_offset or 0
+    found = {(node.lineno, last, node.col_offset, end)}
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        line, column = node.func.end_lineno or 0, node.func.end_col_offset or 0
+        found |= {(line, last, column - len(node.func.attr), stop) for stop in (end, column)}
+    return found
+
+
+class Redirector(ast.NodeTransformer):
+    """Puts redirects into a function's tree.
+
+    Args:
+        owner: Name of the variable that is handed to the redirects.
+        names: Position -> name under which the redirect is there at run time, and the tensor method called.
+        callee: Prefix of the names of callees that the source does not spell out (``needed`` collects them).
+    """
+
+    def __init__(self, owner: str, names: Mapping[Position, tuple[str, str]], callee: str) -> None:
+        self.owner = owner
+        self.names = names
+        self.callee = callee
+        self.found: set[Position] = set()
+        self.needed: dict[str, Any] = {}
+
+    def _at(self, node: ast.expr) -> Position | None:
+        return next((p for p in _positions(node) if p in self.names and p not in self.found), None)
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        """``f(a)`` and ``a.matmul(b)``."""
+        position = self._at(node)
+        if position is not None and self._is_reachable(node, self.names[position][1]):
+            self.found.add(position)
+        self.generic_visit(node)
+        if position is None or position not in self.found:
+            return node
+        name, method = self.names[position]
+        if method and isinstance(node.func, ast.Attribute) and not _is_class(node.func.value):
+            callee: ast.expr = self._callee(method, getattr(torch.Tensor, method))
+            return self._call(node, name, callee, [node.func.value, *node.args], node.keywords)
+        return self._call(node, name, node.func, node.args, node.keywords)
+
+    @staticmethod
+    def _is_reachable(node: ast.Call, method: str) -> bool:
+        """A tensor method that was bound to a name before the call hides its tensor."""
+        return not method or (isinstance(node.func, ast.Attribute) and node.func.attr == method)
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
+        """``a @ b``."""
+        position = self._at(node) if isinstance(node.op, ast.MatMult) else None
+        if position is not None:
+            self.found.add(position)
+        self.generic_visit(node)
+        if position is None:
+            return node
+        callee = self._callee("matmul", operator.matmul)
+        return self._call(node, self.names[position][0], callee, [node.left, node.right], [])
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> ast.AST:
+        """``a @= b``: a plain name is assigned anew, as torch does it."""
+        here = (node.lineno, node.end_lineno or 0, node.col_offset, node.end_col_offset or 0)
+        self.generic_visit(node)
+        if here not in self.names or not (isinstance(node.op, ast.MatMult) and isinstance(node.target, ast.Name)):
+            return node
+        self.found.add(here)
+        left = ast.copy_location(ast.Name(node.target.id, ast.Load()), node.target)
+        callee = self._callee("matmul", operator.matmul)
+        value = self._call(node, self.names[here][0], callee, [left, node.value], [])
+        return ast.copy_location(ast.Assign([node.target], value), node)
+
+    def _callee(self, name: str, function: Any) -> ast.Name:
+        self.needed[self.callee + name] = function
+        return ast.Name(self.callee + name, ast.Load())
+
+    def _call(
+        self, node: ast.AST, name: str, callee: ast.expr, args: list[ast.expr], keywords: list[ast.keyword]
+    ) -> ast.Call:
+        arguments: list[ast.expr] = [ast.Name(self.owner, ast.Load()), callee, *args]
+        return ast.copy_location(ast.Call(ast.Name(name, ast.Load()), arguments, keywords), node)
+
+
+def _is_class(node: ast.expr) -> bool:
+    """``Tensor`` or ``torch.Tensor``: a method that is called with the tensor as its first argument."""
+    name = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+    return name == "Tensor"

@@ -1,0 +1,132 @@
+"""From a running torch function to the call expressions that lead to it, seen from the module that runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from types import CodeType, FrameType
+from typing import Any
+
+from torch import nn
+
+from octavo.nn.expressions import CallPoint, call_point
+from octavo.nn.rewrite import is_inside, method_with_code
+
+_INTERFACE = ("module", "query", "key", "value")
+"""The first parameters of every function behind transformers' attention interface, eager or fused."""
+
+_CACHE_UPDATE = ("self", "key_states", "value_states")
+"""The first parameters of ``update`` of transformers' caches."""
+
+_TORCH_ENTRANCES = frozenset({"torch.overrides", "torch.functional", "torch.nn.functional", "torch._tensor"})
+"""Modules of torch whose Python functions stand between a user's call and the function mode."""
+
+_MODULE_CALL = nn.Module._call_impl.__code__
+"""Above this frame the caller of the module begins."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """How a method of a module arrives at a call.
+
+    Args:
+        points: From the method down; the last one is the call itself.
+        interface: Index of the point that calls a function of transformers' attention interface, -1 for none.
+        cache: Index of the point that stores into a cache, -1 for none.
+    """
+
+    points: tuple[CallPoint, ...]
+    interface: int = -1
+    cache: int = -1
+
+    def upto(self, index: int) -> Chain:
+        """The part that leads to the call at ``index``."""
+        return Chain(self.points[: index + 1], self.interface if self.interface <= index else -1)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a torch function was called.
+
+    Args:
+        chain: Call expressions from the running module's method.
+        layer: A module whose own ``forward`` is on the way although it was not called as a module.
+        locals: Of the attention interface's function, where there is one on the way.
+    """
+
+    chain: Chain
+    layer: nn.Module | None = None
+    locals: dict[str, Any] | None = None
+
+
+def place_of(frame: FrameType | None, owner: nn.Module, method: str = "") -> Place:
+    """Where the torch function that a function mode handles right now was called.
+
+    Args:
+        frame: The one that called the mode.
+        owner: The innermost running module.
+        method: The tensor method that was called, empty for a function.
+    """
+    while frame is not None and frame.f_globals.get("__name__") in _TORCH_ENTRANCES:
+        frame = frame.f_back
+    points: list[CallPoint] = []
+    layer: nn.Module | None = None
+    found: dict[str, Any] | None = None
+    interface: CodeType | None = None
+    cache: CodeType | None = None
+    while frame is not None and frame.f_code is not _MODULE_CALL:
+        code = frame.f_code
+        point = call_point(frame)
+        points.append(replace(point, method=method) if not points else point)
+        if is_interface(frame, owner):
+            interface, found = code, frame.f_locals
+        elif is_cache_update(frame):
+            cache = code
+        first = _first_argument(frame)
+        if first is owner and method_with_code(type(owner), code) is not None:
+            break
+        if isinstance(first, nn.Module) and first is not owner and _is_forward(first, code):
+            layer = first
+        frame = frame.f_back
+    chain = _by_function(points[::-1])
+    codes = [point.code for point in chain]
+    return Place(Chain(chain, _before(codes, interface), _before(codes, cache)), layer, found)
+
+
+def is_interface(frame: FrameType, owner: nn.Module) -> bool:
+    """Whether ``frame`` runs a function of transformers' attention interface for ``owner``."""
+    return frame.f_code.co_varnames[:4] == _INTERFACE and frame.f_locals.get("module") is owner
+
+
+def _before(codes: list[CodeType], code: CodeType | None) -> int:
+    """Index of the call that leads into ``code``."""
+    return codes.index(code) - 1 if code in codes else -1
+
+
+def is_cache_update(frame: FrameType) -> bool:
+    """Whether ``frame`` runs ``update`` of a whole cache of transformers (not of one of its layers)."""
+    code = frame.f_code
+    if code.co_name != "update" or code.co_varnames[:3] != _CACHE_UPDATE:
+        return False
+    return any(base.__name__ == "Cache" for base in type(frame.f_locals.get("self")).__mro__)
+
+
+def _first_argument(frame: FrameType) -> Any:
+    code = frame.f_code
+    return frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+
+
+def _is_forward(module: nn.Module, code: CodeType) -> bool:
+    found = method_with_code(type(module), code)
+    return found is not None and found[0] == "forward"
+
+
+def _by_function(points: list[CallPoint]) -> tuple[CallPoint, ...]:
+    """From the outermost call inwards; a call in a function that is defined inside another counts as the outer's."""
+    chain: list[CallPoint] = []
+    rest = points
+    while rest:
+        code = rest[0].code
+        last = max(k for k, point in enumerate(rest) if k == 0 or is_inside(point.code, code))
+        chain.append(CallPoint(code, rest[last].position, rest[last].method))
+        rest = rest[last + 1 :]
+    return tuple(chain)
