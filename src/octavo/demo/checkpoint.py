@@ -4,23 +4,26 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch.optim import Optimizer
-from transformers import CLIPModel
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Run:
-    """The model, its optimizer, how far they are, and the directory ``work`` that holds checkpoint and log."""
+    """The model, its optimizer, how far they are, and the directory ``work`` that holds checkpoint and log.
 
-    model: CLIPModel
-    optimizer: Optimizer
+    ``elapsed_s`` is time on the clock; ``cpu_s`` the processor's, of all cores, which a busy machine does not stretch.
+    """
+
+    model: Any
+    optimizer: Any
     work: Path
     step: int = 0
     elapsed_s: float = 0.0
+    cpu_s: float = 0.0
 
     @property
     def log_path(self) -> Path:
@@ -39,6 +42,7 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "elapsed_s": self.elapsed_s,
+            "cpu_s": self.cpu_s,
         }
         partial = self.checkpoint_path.with_suffix(".partial")
         torch.save(state, partial)
@@ -51,7 +55,7 @@ class Run:
             state = torch.load(self.checkpoint_path, weights_only=True)
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.step, self.elapsed_s = state["step"], state["elapsed_s"]
+            self.step, self.elapsed_s, self.cpu_s = state["step"], state["elapsed_s"], state.get("cpu_s", 0.0)
             logger.info("resumed at step %d", self.step)
         lines = self.log_path.read_text().splitlines(keepends=True) if self.log_path.exists() else []
         self.log_path.write_text("".join(line for line in lines if json.loads(line)["step"] <= self.step))
