@@ -12,10 +12,17 @@ from octavo.spec.tensor_format import TensorFormat
 
 
 def quantize(
-    x: Tensor, fmt: TensorFormat, *, scale: Tensor | QTensor | None = None, zero_point: Tensor | None = None
+    x: Tensor,
+    fmt: TensorFormat,
+    *,
+    scale: Tensor | QTensor | None = None,
+    zero_point: Tensor | None = None,
+    outer_scale: Tensor | None = None,
 ) -> QTensor:
     """See ``numerics.qtensor.quantize``."""
-    return qtensor.quantize(x, fmt, scale=scale, zero_point=zero_point, loops=loops_for(x, fmt))
+    return qtensor.quantize(
+        x, fmt, scale=scale, zero_point=zero_point, outer_scale=outer_scale, loops=loops_for(x, fmt)
+    )
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

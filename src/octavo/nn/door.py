@@ -12,6 +12,7 @@ from torch import nn
 from octavo.errors import UserError
 from octavo.nn import surgery
 from octavo.nn.blocks import TorchBlock, find_blocks
+from octavo.nn.fusion import Member, shared_amaxes
 from octavo.nn.quantizer import ActivationQuantizer, Mode, Quantizer, WeightQuantizer
 from octavo.nn.sites import Site, find_sites
 from octavo.nn.snapshot import TorchSnapshot, stored_parameter
@@ -78,9 +79,17 @@ class TorchDoor:
         """See ``Door.finish_calibration``. Weights are looked at here, once."""
         activations = [q for q in surgery.quantizers(self.model) if isinstance(q, ActivationQuantizer)]
         off = {q.name: why for q in activations if (why := q.finish())}
-        for quantizer, weight in weight_quantizers(self.model):
-            quantizer.find_range(weight)
+        weights = dict(weight_quantizers(self.model))
+        shared = shared_amaxes(self._fused(weights))
+        for quantizer, weight in weights.items():
+            quantizer.find_range(weight, shared.get(quantizer))
         return off
+
+    def _fused(self, weights: Mapping[WeightQuantizer, torch.Tensor]) -> list[list[Member]]:
+        """Groups of weights that engines join."""
+        assert self._plan is not None, "prepared"
+        by_site = {quantizer.name.rpartition(".")[0]: (quantizer, weight) for quantizer, weight in weights.items()}
+        return [[by_site[name] for name in names if name in by_site] for names in self._plan.fused_weights()]
 
     def quantizer_names(self) -> Sequence[str]:
         """See ``Door.quantizer_names``; those that stay off are not among them."""

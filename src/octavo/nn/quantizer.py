@@ -278,8 +278,12 @@ class WeightQuantizer(Quantizer):
         self.stored_scale.copy_(scale)
 
     @torch.no_grad()
-    def find_range(self, weight: Tensor) -> None:
+    def find_range(self, weight: Tensor, shared_amax: Tensor | None = None) -> None:
         """Look at the weight once and start rounding.
+
+        Args:
+            weight: The parameter.
+            shared_amax: Largest magnitude of all weights that share the scale of their scales with this one.
 
         Raises:
             NotFiniteError: the weight holds NaN or inf.
@@ -293,7 +297,8 @@ class WeightQuantizer(Quantizer):
         elif self.spec.observer.name == "mse":
             self.set_range(search_scale(matrix, fmt), None)
         elif fmt.is_nested:
-            found = quantize(matrix, fmt)
+            outer = None if shared_amax is None else outer_scale_from_amax(shared_amax, fmt)
+            found = quantize(matrix, fmt, outer_scale=outer)
             assert found.scale is not None
             self.set_range(found.scale, found.zero_point)
         else:

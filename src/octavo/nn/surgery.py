@@ -36,6 +36,12 @@ def insert(model: nn.Module, plan: Plan, sites: Mapping[str, Site]) -> None:
     """
     if any(isinstance(module, Quantizer) for module in model.modules()):
         raise UserError("this model has octavo's quantizers already: take them out first with octavo.strip(model)")
+    unseen = [decision.site.name for decision in plan.decisions if decision.scheme and decision.site.name not in sites]
+    if unseen:
+        raise UserError(
+            f"the plan has quantizers at '{unseen[0]}', and this model shows no such place: give a sample of its "
+            "inputs (sample=...), since attention calls are found by a traced forward, or the model of the plan"
+        )
     try:
         shared = _shared_inputs(plan)
         changes: dict[str, Change] = {}

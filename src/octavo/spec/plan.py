@@ -182,6 +182,19 @@ class Plan:
         """Full names of all quantizers with what they do, in model order."""
         return tuple(pair for decision in self.decisions for pair in decision.quantizers())
 
+    def fused_weights(self) -> tuple[tuple[str, ...], ...]:
+        """Names of sites that read the same tensor and whose weights share the scale of their scales, group by group.
+
+        Engines compute such layers as one (q, k, v; gate, up), with one such scale.
+        """
+        groups: dict[tuple[frozenset[str], TensorFormat], list[str]] = {}
+        for decision in self.decisions:
+            site, spec = decision.site, decision.weight
+            if spec is not None and spec.format.shares_outer_scale and site.shares_input_with:
+                readers = frozenset((site.name, *site.shares_input_with))
+                groups.setdefault((readers, spec.format), []).append(site.name)
+        return tuple(tuple(names) for names in groups.values() if len(names) > 1)
+
     def decision(self, site: str) -> Decision:
         """What the site of this name gets.
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from octavo.errors import UserError
 from octavo.spec.facts import QUANTIZER_NAMES, ModelFacts, SiteFacts, Slot
@@ -40,6 +40,7 @@ def resolve(recipe: Recipe, facts: ModelFacts, target: str = "") -> Plan:
     _refuse_misfits(decisions)
     warnings = (*_warnings(rules, facts), *_unreached(decisions))
     plan = Plan(facts, recipe.name, decisions, target, warnings)
+    plan = replace(plan, warnings=(*warnings, *_fused(plan)))
     if not plan.quantizers():
         raise UserError(_nothing_quantized(plan))
     return plan
@@ -202,6 +203,19 @@ def _unreached(decisions: Sequence[Decision]) -> list[str]:
         f"the sample does not get to '{part}' ({number} site{'s' * (number > 1)}): give data that does, "
         "or its static input quantizers stay off"
         for part, number in found.items()
+    ]
+
+
+def _fused(plan: Plan) -> list[str]:
+    """What is decided for several layers together."""
+    groups = plan.fused_weights()
+    if not groups:
+        return []
+    more = f"; {len(groups)} groups" if len(groups) > 1 else ""
+    some = ", ".join(name.rpartition(".")[2] for name in groups[0])
+    return [
+        f"layers that read the same tensor ({some}{more}) share the scale of their weights' scales, "
+        "because engines join them"
     ]
 
 

@@ -253,6 +253,11 @@ class TensorFormat:
         return self.scale.outermost if self.scale is not None and self.is_nested else self
 
     @property
+    def shares_outer_scale(self) -> bool:
+        """True where the scales have one scale per tensor (NVFP4): engines that join tensors keep one for all."""
+        return self.is_nested and isinstance(self.outermost.granularity, PerTensor)
+
+    @property
     def top_value(self) -> float:
         """The element value that the largest magnitude of a block is mapped to."""
         if self.top is not None:
