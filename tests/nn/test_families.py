@@ -16,9 +16,9 @@ from octavo.spec.recipe import Recipe, load_recipe
 from octavo.spec.resolve import resolve
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-COARSE = Recipe("coarse", ()).quantize(
-    "operation:attention", **dict.fromkeys(("query", "key", "value", "attention_output"), "int2-tensor")
-)
+SLOTS = ("query", "key", "value", "softmax", "attention_output")
+COARSE = Recipe("coarse", ()).quantize("operation:attention", **dict.fromkeys(SLOTS, "int2-tensor"))
+CACHES = Recipe("caches", ()).quantize("operation:attention", key_cache="int2-tensor", value_cache="int2-tensor")
 Case = tuple[nn.Module, dict[str, Any], int]
 
 
@@ -98,8 +98,23 @@ def t5(kernel: str) -> Case:
     return T5ForConditionalGeneration._from_config(config, attn_implementation=kernel), batch, 3
 
 
+def swin(kernel: str) -> Case:
+    from transformers import SwinConfig, SwinModel
+
+    config = SwinConfig(image_size=16, patch_size=2, embed_dim=8, depths=[2], num_heads=[2], window_size=2)
+    return SwinModel._from_config(config, attn_implementation=kernel), {"pixel_values": torch.randn(2, 3, 16, 16)}, 2
+
+
+def deberta(kernel: str) -> Case:
+    """Three products before its softmax, which it writes out whatever the kernel."""
+    from transformers import DebertaV2Config, DebertaV2Model
+
+    more = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "max_relative_positions": 8}
+    return DebertaV2Model(DebertaV2Config(**SMALL, **more, vocab_size=60)), {"input_ids": ids(2, 9)}, 2
+
+
 FAMILIES: dict[str, Callable[[str], Case]] = {
-    make.__name__: make for make in (clip, siglip, bert, vit, llama, gpt2, whisper, t5)
+    make.__name__: make for make in (clip, siglip, bert, vit, llama, gpt2, whisper, t5, swin, deberta)
 }
 every_family = pytest.mark.parametrize("name", FAMILIES)
 every_kernel = pytest.mark.parametrize("kernel", ["sdpa", "eager"])
@@ -118,13 +133,15 @@ def test_every_attention_is_seen_and_each_of_its_quantizers_acts(name: str, kern
     before = outputs(model, batch)
     run = octavo.quantize(model, COARSE, [batch])
     names = run.door.quantizer_names()
-    assert len(names) == 4 * count
+    assert len(names) == len(SLOTS) * count
     with run.door.disabled(lambda name: True):
-        assert torch.allclose(outputs(model, batch), before, atol=1e-6)
+        assert torch.allclose(outputs(model, batch), before, atol=1e-5)
     for quantizer in names:
         with run.door.disabled(lambda other, kept=quantizer: other != kept):
             changed = outputs(model, batch)
         assert not torch.allclose(changed, before, atol=1e-6), f"{quantizer} does nothing"
+    octavo.strip(model)
+    assert torch.equal(outputs(model, batch), before)
 
 
 @every_family
@@ -150,6 +167,54 @@ def test_the_presets_leave_norms_alone(name: str) -> None:
         norms = [d for d in plan.decisions if d.site.operation == "norm"]
         assert norms
         assert all(not d.scheme and d.why for d in norms)
+
+
+@pytest.mark.slow
+@every_kernel
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "deberta", "swin", "whisper"])
+def test_attention_with_every_quantizer_compiles_into_one_graph(name: str, kernel: str) -> None:
+    model, batch, _ = made(name, kernel)
+    octavo.quantize(model, COARSE, [batch])
+    simulated = outputs(model, batch)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert torch.equal(outputs(compiled, batch), simulated)
+
+
+@every_kernel
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+def test_what_goes_into_a_cache_is_rounded_once(name: str, kernel: str) -> None:
+    model, batch, _ = made(name, kernel)
+    batch = {key: value for key, value in batch.items() if key != "use_cache"}
+    run = octavo.quantize(model, CACHES, [batch])
+    names = run.door.quantizer_names()
+    assert len(names) == 4  # two layers, or an attention to itself and one to the encoder
+    seen: dict[str, list[int]] = {name: [] for name in names}
+    for quantizer in names:
+        module = model.get_submodule(quantizer)
+        module.register_forward_hook(lambda module, args, output: seen[module.name].append(args[0].shape[-2]))
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    first = next(iter(batch.values()))
+    model.generate(first, **options)
+    num_prompt = 1 if name == "t5" else first.shape[1]
+    for quantizer, lengths in seen.items():
+        to_encoder = "EncDecAttention" in quantizer
+        assert lengths == ([first.shape[1]] if to_encoder else [num_prompt, 1, 1, 1])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+def test_each_cache_quantizer_acts_and_static_caches_hold_the_same(name: str) -> None:
+    model, batch, _ = made(name, "sdpa")
+    batch = {key: value for key, value in batch.items() if key != "use_cache"}
+    before = model(**batch).logits
+    run = octavo.quantize(model, CACHES, [batch])
+    for quantizer in run.door.quantizer_names():
+        with run.door.disabled(lambda other, kept=quantizer: other != kept):
+            assert not torch.equal(model(**batch).logits, before), f"{quantizer} does nothing"
+    if name != "t5":
+        options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+        grown = model.generate(batch["input_ids"], **options)
+        assert torch.equal(model.generate(batch["input_ids"], cache_implementation="static", **options), grown)
 
 
 def encoder(batch_first: bool, **more: Any) -> nn.Module:
