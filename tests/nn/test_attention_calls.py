@@ -119,8 +119,6 @@ def test_without_a_sample_the_plan_says_that_attention_was_not_seen() -> None:
 
 SEVERAL_GRAPHS = {
     "Decorated": "torch.no_grad as a decorator",
-    "ThroughInheritedMethod": "torch.compile cannot tell what super() gives",
-    "UsesDefaultsAndSuper": "torch.compile cannot tell what super() gives",
     "ThroughMethodOfObject": "torch.compile does not compare methods of an object that it made itself",
 }
 

@@ -1,7 +1,8 @@
 """Expressions of a function: which one is running, and how it is changed into a call of a redirect.
 
 ``f(a)`` becomes ``redirect(owner, f, a)``; ``a @ b`` and ``a.matmul(b)``, where a tensor stands in front,
-become ``redirect(owner, matmul, a, b)``.
+become ``redirect(owner, matmul, a, b)``; ``super().f(a)`` becomes ``redirect(owner, f of the base class, self, a)``,
+since ``torch.compile`` cannot look into what ``super()`` gives.
 """
 
 from __future__ import annotations
@@ -60,13 +61,21 @@ class Redirector(ast.NodeTransformer):
     Args:
         owner: Name of the variable that is handed to the redirects.
         names: Position -> name under which the redirect is there at run time, and the tensor method called.
-        callee: Prefix of the names of callees that the source does not spell out (``needed`` collects them).
+        first: Name of the function's first parameter.
+        inherited: The function that ``super()`` finds by a name, ``None`` for none.
     """
 
-    def __init__(self, owner: str, names: Mapping[Position, tuple[str, str]], callee: str) -> None:
+    def __init__(
+        self,
+        owner: str,
+        names: Mapping[Position, tuple[str, str]],
+        first: str,
+        inherited: Callable[[str], Any],
+    ) -> None:
         self.owner = owner
         self.names = names
-        self.callee = callee
+        self.first = first
+        self.inherited = inherited
         self.found: set[Position] = set()
         self.needed: dict[str, Any] = {}
 
@@ -85,6 +94,10 @@ class Redirector(ast.NodeTransformer):
         if method and isinstance(node.func, ast.Attribute) and not _is_class(node.func.value):
             callee: ast.expr = self._callee(method, getattr(torch.Tensor, method))
             return self._call(node, name, callee, [node.func.value, *node.args], node.keywords)
+        base = self.inherited(node.func.attr) if isinstance(node.func, ast.Attribute) and _is_super(node.func) else None
+        if base is not None and isinstance(node.func, ast.Attribute):
+            args = [ast.Name(self.first, ast.Load()), *node.args]
+            return self._call(node, name, self._callee(f"super_{node.func.attr}", base), args, node.keywords)
         return self._call(node, name, node.func, node.args, node.keywords)
 
     @staticmethod
@@ -116,14 +129,20 @@ class Redirector(ast.NodeTransformer):
         return ast.copy_location(ast.Assign([node.target], value), node)
 
     def _callee(self, name: str, function: Any) -> ast.Name:
-        self.needed[self.callee + name] = function
-        return ast.Name(self.callee + name, ast.Load())
+        """A callee that the source does not spell out; ``needed`` collects them."""
+        self.needed[f"octavo_callee_{name}__"] = function
+        return ast.Name(f"octavo_callee_{name}__", ast.Load())
 
     def _call(
         self, node: ast.AST, name: str, callee: ast.expr, args: list[ast.expr], keywords: list[ast.keyword]
     ) -> ast.Call:
         arguments: list[ast.expr] = [ast.Name(self.owner, ast.Load()), callee, *args]
         return ast.copy_location(ast.Call(ast.Name(name, ast.Load()), arguments, keywords), node)
+
+
+def _is_super(node: ast.Attribute) -> bool:
+    call = node.value
+    return isinstance(call, ast.Call) and not call.args and isinstance(call.func, ast.Name) and call.func.id == "super"
 
 
 def _is_class(node: ast.expr) -> bool:

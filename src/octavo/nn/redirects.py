@@ -141,19 +141,19 @@ def _plain(callee: Any) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     return (callee, (), {}) if not isinstance(call, FunctionType) else (call, (callee,), {})
 
 
-def _redirects(calls: Sequence[TappedCall], depth: int) -> dict[Position, tuple[str, Redirect]]:
+def _redirects(cls: type, calls: Sequence[TappedCall], depth: int) -> dict[Position, tuple[str, Redirect]]:
     """Redirects for the functions at ``depth`` of the calls' chains, which all share that function."""
     points: dict[Position, list[TappedCall]] = {}
     for call in calls:
         points.setdefault(call.chain.points[depth].position, []).append(call)
-    return {position: (_method(below, depth), _redirect_at(below, depth)) for position, below in points.items()}
+    return {position: (_method(below, depth), _redirect_at(cls, below, depth)) for position, below in points.items()}
 
 
 def _method(calls: Sequence[TappedCall], depth: int) -> str:
     return next((call.chain.points[depth].method for call in calls if call.chain.points[depth].method), "")
 
 
-def _redirect_at(calls: Sequence[TappedCall], depth: int) -> Redirect:
+def _redirect_at(cls: type, calls: Sequence[TappedCall], depth: int) -> Redirect:
     """One call expression, through which all of ``calls`` go: it is one of them, or leads to them."""
     here = [call for call in calls if len(call.chain.points) == depth + 1]
     deeper: dict[CodeType, list[TappedCall]] = {}
@@ -163,7 +163,9 @@ def _redirect_at(calls: Sequence[TappedCall], depth: int) -> Redirect:
     meet = _meeting(here) if here else None
     if meet is not None and not deeper:
         return meet
-    inner = [redirected(code, _redirects(group, depth + 1), takes_owner=True) for code, group in deeper.items()]
+    inner = [
+        redirected(code, _redirects(cls, group, depth + 1), takes_owner=True, cls=cls) for code, group in deeper.items()
+    ]
     wraps = any(call.is_interface or call.chain.cache == depth for call in here)
     return _enter(inner, meet if wraps else None, meet)
 
@@ -184,7 +186,7 @@ def redirecting_methods(cls: type[nn.Module], calls: tuple[TappedCall, ...]) -> 
         if found is None:
             raise NoSourceError(f"{code.co_name} is not a method of {cls.__name__}")
         name, inner = found
-        new = redirected(code, _redirects(group, 0), takes_owner=False).made_from(inner)
+        new = redirected(code, _redirects(cls, group, 0), takes_owner=False, cls=cls).made_from(inner)
         outer = methods.get(name) or next(vars(base)[name] for base in cls.__mro__ if name in vars(base))
         methods[name] = replace_inner(outer, inner, new)
     return methods

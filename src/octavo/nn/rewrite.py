@@ -76,7 +76,9 @@ class Redirected:
         return clone
 
 
-def redirected(code: CodeType, redirects: Mapping[Position, tuple[str, Redirect]], *, takes_owner: bool) -> Redirected:
+def redirected(
+    code: CodeType, redirects: Mapping[Position, tuple[str, Redirect]], *, takes_owner: bool, cls: type
+) -> Redirected:
     """``code`` with the calls at some positions redirected; calls in functions defined inside count as its own.
 
     Args:
@@ -84,6 +86,7 @@ def redirected(code: CodeType, redirects: Mapping[Position, tuple[str, Redirect]
         redirects: Position -> the tensor method that is called there (empty for none), and what is called instead.
         takes_owner: True adds a first parameter that is handed to the redirects; False hands them the
             function's own first parameter (``self``).
+        cls: The class for which it is done.
 
     Raises:
         NoSourceError: the source is not there, or is not what was executed.
@@ -93,7 +96,8 @@ def redirected(code: CodeType, redirects: Mapping[Position, tuple[str, Redirect]
         position: (f"octavo_redirect_{k}__", method) for k, (position, (method, _)) in enumerate(redirects.items())
     }
     owner = _OWNER if takes_owner else code.co_varnames[0]
-    transformer = Redirector(owner, names, "octavo_callee__")
+    first = code.co_varnames[0] if code.co_argcount else ""
+    transformer = Redirector(owner, names, first, functools.partial(_inherited, cls, code))
     tree.body = [transformer.visit(statement) for statement in tree.body]
     if transformer.found != set(redirects):
         raise NoSourceError(f"the source of {code.co_name} is not the code that ran ({code.co_filename})")
@@ -101,6 +105,18 @@ def redirected(code: CodeType, redirects: Mapping[Position, tuple[str, Redirect]
     cells = {names[position][0]: CellType(call) for position, (_, call) in redirects.items()}
     cells |= {name: CellType(callee) for name, callee in transformer.needed.items()}
     return Redirected(code, _compile_inside_factory(tree, code, tuple(cells)), cells)
+
+
+def _inherited(cls: type, code: CodeType, name: str) -> FunctionType | None:
+    """What ``super().name`` is in the method of ``cls`` with this code."""
+    mro = cls.__mro__
+    home = next((k for k, base in enumerate(mro) if any(_has_code(f, code) for f in vars(base).values())), len(mro))
+    found = next((vars(base)[name] for base in mro[home + 1 :] if name in vars(base)), None)
+    return found if isinstance(found, FunctionType) else None
+
+
+def _has_code(attribute: Any, code: CodeType) -> bool:
+    return isinstance(attribute, FunctionType) and any(f.__code__ is code for f in _layers(attribute))
 
 
 def _make_bare(tree: ast.FunctionDef, *, takes_owner: bool) -> None:
