@@ -210,6 +210,7 @@ def _floored(
     if smallest is None:
         return values
     if fmt.scale is not None:
+        scale, outer_scale = _named_levels(fmt, scale, outer_scale)
         outer = _values(_find_parts(values, fmt, _Given(scale, None, outer_scale), _fake_quantize_scale).scale)
         blocks, _ = to_blocks(values, fmt.granularity)
         least = expand_scale(outer.abs(), fmt.granularity, tuple(values.shape)) * smallest
