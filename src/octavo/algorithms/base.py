@@ -44,10 +44,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from octavo.algorithms.gptq import GptqAlgorithm
+from octavo.algorithms.scale_search import ScaleSearchAlgorithm
 from octavo.calibrate.algorithm import Algorithm
-from octavo.spec.steps import Options, Step
+from octavo.spec.steps import Gptq, Options, ScaleSearch, Step
 
-ALGORITHMS: dict[type[Options], Callable[[Any], Algorithm]] = {}
+ALGORITHMS: dict[type[Options], Callable[[Any], Algorithm]] = {
+    Gptq: GptqAlgorithm,
+    ScaleSearch: ScaleSearchAlgorithm,
+}
 
 
 def make_algorithms(steps: Sequence[Step]) -> list[tuple[Step, Algorithm]]:

@@ -24,6 +24,7 @@ from octavo.spec.rule import nearest_of
 from octavo.spec.select import parse_pattern
 
 Number = int | float
+Measure = Literal["plain", "importance", "gram"]
 
 
 class Options(BaseModel):
@@ -43,16 +44,31 @@ class SmoothQuant(Options):
 class Gptq(Options):
     """Rounds a weight column by column, and each time lets the columns that are left make up for it (arXiv:2210.17323).
 
-    ``act_order`` starts with the columns whose inputs are largest; groups stay where they are.
+    ``act_order`` starts with the columns whose inputs are largest; groups stay where they are. ``scales`` says by what
+    error scales are chosen beforehand, and ``sweeps`` how often codes and scales are gone over again afterwards.
+    ``asymmetric`` moves weights to make up for the blocks before (arXiv:2504.02692).
     """
 
     name: ClassVar[str] = "gptq"
     damping: float = Field(default=0.01, gt=0, le=1)
     act_order: bool = True
     block_size: int = Field(default=128, ge=1)
+    scales: Measure = "gram"
+    sweeps: int = Field(default=2, ge=0)
+    asymmetric: bool = False
 
 
-STEPS: dict[str, type[Options]] = {cls.name: cls for cls in (SmoothQuant, Gptq)}
+class ScaleSearch(Options):
+    """Rounds to nearest, with the scales that cost least of all that the format can store.
+
+    ``measure``: of the weights' error plain, weighted by the mean square of the inputs, or by their Gram matrix.
+    """
+
+    name: ClassVar[str] = "scale_search"
+    measure: Measure = "gram"
+
+
+STEPS: dict[str, type[Options]] = {cls.name: cls for cls in (SmoothQuant, Gptq, ScaleSearch)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,75 @@
+"""Scales of a layer's weight as an algorithm asks for them: by one of three measures, and agreed where engines fuse."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from octavo.numerics.door import Block, InputGroup
+from octavo.numerics.qtensor import QTensor
+from octavo.numerics.scale_search import PLAIN, Weighting, outer_scale, search_scales
+from octavo.numerics.statistics import Need
+from octavo.spec.tensor_format import PLAIN_FP32, PerTensor, TensorFormat
+
+Measure = Literal["plain", "importance", "gram"]
+
+
+def needs_of(measure: Measure) -> frozenset[Need]:
+    """What has to be gathered to measure errors so."""
+    match measure:
+        case "plain":
+            return frozenset()
+        case "importance":
+            return frozenset({Need.MEAN_SQUARE})
+        case "gram":
+            return frozenset({Need.GRAM})
+
+
+def group_of(block: Block, layer: str) -> InputGroup:
+    """The layers that read the same tensor as ``layer``."""
+    return next(group for group in block.groups() if layer in group.layers)
+
+
+def why_not_searched(block: Block, layer: str, measure: Measure) -> str:
+    """Why a layer's weight cannot be served by a search for scales; empty when it can."""
+    weight, fmt = block.read_weight(layer), block.weight_spec(layer).format
+    if fmt.scale is None or fmt.offset is not None:
+        return f"scales of {fmt} are not searched: the format has none, or is centred"
+    if weight.ndim != 2 and measure == "gram":
+        return f"a weight of shape {tuple(weight.shape)} has no one Gram matrix"
+    if measure == "gram" and block.statistics(layer).gram is None:
+        return "no Gram matrix of its input was gathered"
+    return "" if measure == "plain" or block.statistics(layer).count else "saw no calibration data"
+
+
+def searched(block: Block, layer: str, measure: Measure) -> tuple[Tensor | QTensor, Tensor | None]:
+    """``search_scales`` for a layer's weight as it is now.
+
+    Layers of one group that have one scale of scales per tensor agree on it, because engines that fuse them need that.
+    """
+    statistics = block.statistics(layer) if measure != "plain" else None
+    weighting = PLAIN
+    if statistics is not None:
+        weighting = (
+            Weighting(gram=statistics.gram) if measure == "gram" else Weighting(importance=statistics.mean_square)
+        )
+    return search_scales(
+        block.read_weight(layer), block.weight_spec(layer).format, weighting, outer=agreed_outer(block, layer)
+    )
+
+
+def agreed_outer(block: Block, layer: str) -> Tensor | None:
+    """The scale of scales of all layers that read the same tensor in the same format; ``None`` where there is none."""
+    fmt = block.weight_spec(layer).format
+    if not _has_outer(fmt):
+        return None
+    fused = [name for name in group_of(block, layer).layers if block.weight_spec(name).format == fmt]
+    tops = [block.read_weight(name).abs().amax().float() for name in fused if block.read_weight(name).numel()]
+    return outer_scale(torch.stack(tops).amax(), fmt) if tops else None
+
+
+def _has_outer(fmt: TensorFormat) -> bool:
+    scale = fmt.scale
+    return scale is not None and isinstance(scale.granularity, PerTensor) and scale.scale == PLAIN_FP32

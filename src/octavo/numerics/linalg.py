@@ -1,0 +1,80 @@
+"""Linear algebra on Gram matrices ``G = X^T X`` of a layer's inputs, safe for whatever calibration gives.
+
+Dead channels, fewer samples than channels, a single one, huge or tiny inputs: damping makes all of them positive
+definite, and grows until the factorization succeeds. fp64 inside, so that processors agree and squares have room.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_MOST_TRIES = 12
+
+
+def normalized(gram: Tensor) -> Tensor:
+    """fp64, symmetric, with a mean diagonal of 1; the identity where nothing was seen."""
+    gram = gram.double()
+    gram = (gram + gram.T) / 2
+    mean = gram.diagonal().mean()
+    if not bool(mean > 0):
+        return torch.eye(gram.shape[0], dtype=torch.float64, device=gram.device)
+    return gram / mean
+
+
+def damped(gram: Tensor, damping: float) -> Tensor:
+    """``normalized(gram)`` plus ``damping`` on its diagonal: a share of the mean, as in GPTQ (section 3.3)."""
+    result = normalized(gram)
+    result.diagonal().add_(damping)
+    return result
+
+
+def factor(gram: Tensor, damping: float) -> Tensor:
+    """Lower triangular ``L`` with ``L L^T = damped(gram)``, fp64; with ten times the damping as often as it takes."""
+    for attempt in range(_MOST_TRIES):
+        lower, failed = torch.linalg.cholesky_ex(damped(gram, damping * 10**attempt))
+        if not bool(failed) and bool(lower.isfinite().all()):
+            assert isinstance(lower, Tensor)
+            return lower
+    return torch.eye(gram.shape[0], dtype=torch.float64, device=gram.device)
+
+
+def feedback(gram: Tensor, damping: float) -> Tensor:
+    """Upper triangular ``U`` with ``U^T U = damped(gram)^-1``, fp32: how GPTQ spreads an error over later columns.
+
+    One factorization and one triangular inverse: with columns reversed, ``G = R R^T`` for an upper ``R``, and ``U`` is
+    its inverse.
+    """
+    reversed_lower = factor(gram.flip(0, 1), damping)
+    eye = torch.eye(gram.shape[0], dtype=torch.float64, device=gram.device)
+    inverse: Tensor = torch.linalg.solve_triangular(reversed_lower, eye, upper=False)
+    return inverse.flip(0, 1).float()
+
+
+def compensated(weight: Tensor, gram: Tensor, drift: Tensor, damping: float) -> Tensor:
+    """The weight that serves drifted inputs best, before any rounding.
+
+    With ``x`` the inputs of the unquantized model and ``y`` those that the quantized layers before give, the minimum
+    of ``|X W^T - Y V^T|^2 + ridge |V - W|^2`` is ``V = W + W D (G + ridge)^-1`` with ``D = (X - Y)^T Y`` and
+    ``G = Y^T Y``: the asymmetric calibration of GPTAQ (arXiv:2504.02692) in closed form.
+
+    Args:
+        weight: ``(out_features, in_features)``.
+        gram: ``Y^T Y``.
+        drift: ``(X - Y)^T Y``, of the same samples.
+        damping: Ridge, as a share of the mean diagonal of ``gram``.
+
+    Returns:
+        fp32 of ``weight``'s shape.
+    """
+    mean = gram.double().diagonal().mean()
+    if not bool(mean > 0):
+        return weight.float()
+    lower = factor(gram, damping)
+    moved = weight.double() @ (drift.double() / mean)
+    return (weight.double() + torch.cholesky_solve(moved.T, lower).T).float()
+
+
+def output_error(error: Tensor, gram: Tensor) -> Tensor:
+    """``tr(E G E^T)``: the squared error of a layer's outputs on all samples behind ``gram``, fp32 ``()``."""
+    return (error.float() @ gram.float()).mul_(error.float()).sum()
