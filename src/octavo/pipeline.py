@@ -37,10 +37,11 @@ from octavo.sources import LoadedModel, as_batches, describe_module, open_model,
 from octavo.sources.example import example_inputs
 from octavo.sources.extras import is_callable_name
 from octavo.spec.coverage import check_coverage
+from octavo.spec.experts import rare_experts
 from octavo.spec.facts import Slot
 from octavo.spec.plan import Plan
 from octavo.spec.recipe import Recipe, load_recipe, read_recipe
-from octavo.spec.records import MetricRecord, RunRecord, SensitivityRecord
+from octavo.spec.records import ExpertsRecord, MetricRecord, RunRecord, SensitivityRecord
 from octavo.spec.resolve import resolve
 from octavo.spec.select import quantizer_name
 from octavo.spec.version import VERSION
@@ -161,7 +162,11 @@ def quantize(
         peak_memory_bytes=peak_memory_bytes(),
     )
     left = tuple(f"quantizer '{name}' stays off: {why}" for name, why in calibrated.off.items())
-    record = dataclasses.replace(record, warnings=(*record.warnings, *left))
+    record = dataclasses.replace(
+        record,
+        warnings=(*record.warnings, *left, *rare_experts(the_plan, calibrated.expert_tokens)),
+        experts=_experts_records(the_plan, calibrated.expert_tokens),
+    )
     return Run(loaded, the_recipe, the_plan, record, door, before)
 
 
@@ -517,6 +522,11 @@ def _filled_from_files(run: Run, path: Path) -> nn.Module:
     }
     replace_scales(twin, ranges)
     return twin
+
+
+def _experts_records(the_plan: Plan, tokens: Mapping[str, Sequence[int]]) -> tuple[ExpertsRecord, ...]:
+    policy = the_plan.experts.rare.value if the_plan.experts is not None else ""
+    return tuple(ExpertsRecord(name=name, policy=policy, tokens=list(counts)) for name, counts in tokens.items())
 
 
 def _sensitivity_records(the_plan: Plan, ranked: Sequence[Sensitivity], metric: str) -> tuple[SensitivityRecord, ...]:

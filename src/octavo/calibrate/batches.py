@@ -24,10 +24,12 @@ class Calibrated:
     Args:
         num_batches: Forward passes that were observed.
         off: Quantizer name -> why it stays off.
+        expert_tokens: Layer of experts -> tokens that each of them got.
     """
 
     num_batches: int
     off: dict[str, str] = field(default_factory=dict)
+    expert_tokens: dict[str, list[int]] = field(default_factory=dict)
 
 
 def needs_data(plan: Plan) -> list[str]:
@@ -77,4 +79,5 @@ def calibrate(door: Door, plan: Plan, batches: Iterable[Any] | None, *, track: T
     off = dict(door.finish_calibration())
     for name, why in off.items():
         logger.warning("quantizer '%s' stays off: %s", name, why)
-    return Calibrated(num_batches, off)
+    tokens = {layer: list(counts) for layer, counts in door.expert_tokens().items()}
+    return Calibrated(num_batches, off, tokens)

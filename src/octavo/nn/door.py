@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from octavo.errors import UserError
 from octavo.nn import surgery
 from octavo.nn.blocks import TorchBlock, find_blocks
 from octavo.nn.fusion import Member, shared_amaxes
+from octavo.nn.experts import ExpertWatch
 from octavo.nn.quantizer import ActivationQuantizer, Mode, Quantizer, WeightQuantizer
 from octavo.nn.sites import Site, find_sites
 from octavo.nn.snapshot import TorchSnapshot, stored_parameter
@@ -36,6 +37,7 @@ class TorchDoor:
         self._sample = sample
         self._known: tuple[ModelFacts, dict[str, Site]] | None = None
         self._plan: Plan | None = None
+        self._experts: ExpertWatch | None = None
 
     def _look(self) -> tuple[ModelFacts, dict[str, Site]]:
         if self._known is None:
@@ -52,6 +54,7 @@ class TorchDoor:
         """See ``Door.prepare``."""
         surgery.insert(self.model, plan, self._look()[1])
         self._plan = plan
+        self._experts = ExpertWatch(self.model, plan.experts) if plan.experts is not None else None
 
     @torch.no_grad()
     def run(self, batch: Any) -> Any:
@@ -68,7 +71,8 @@ class TorchDoor:
             static = isinstance(quantizer, ActivationQuantizer) and not quantizer.spec.is_dynamic
             quantizer.mode = Mode.OBSERVE if static else Mode.OFF
         try:
-            yield
+            with nullcontext() if self._experts is None else self._experts.watch():
+                yield
         finally:
             for quantizer, mode in modes.items():
                 quantizer.mode = mode
@@ -77,6 +81,8 @@ class TorchDoor:
 
     def finish_calibration(self) -> Mapping[str, str]:
         """See ``Door.finish_calibration``. Weights are looked at here, once."""
+        if self._experts is not None:
+            self._experts.settle()
         activations = [q for q in surgery.quantizers(self.model) if isinstance(q, ActivationQuantizer)]
         off = {q.name: why for q in activations if (why := q.finish())}
         weights = dict(weight_quantizers(self.model))
@@ -90,6 +96,10 @@ class TorchDoor:
         assert self._plan is not None, "prepared"
         by_site = {quantizer.name.rpartition(".")[0]: (quantizer, weight) for quantizer, weight in weights.items()}
         return [[by_site[name] for name in names if name in by_site] for names in self._plan.fused_weights()]
+
+    def expert_tokens(self) -> Mapping[str, Sequence[int]]:
+        """See ``Door.expert_tokens``."""
+        return {} if self._experts is None else self._experts.tokens
 
     def quantizer_names(self) -> Sequence[str]:
         """See ``Door.quantizer_names``; those that stay off are not among them."""
@@ -125,7 +135,7 @@ class TorchDoor:
     def strip(self) -> None:
         """See ``Door.strip``."""
         surgery.strip(self.model)
-        self._plan = None
+        self._plan = self._experts = None
 
 
 def weight_quantizers(model: nn.Module) -> Iterator[tuple[WeightQuantizer, nn.Parameter]]:

@@ -13,6 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 from octavo.errors import UserError
 from octavo.nn.functional import ROOT, claimed, functional_sites
 from octavo.nn.layers import has_own_forward, is_sealed, layer_kind, obstacle, original_class
+from octavo.nn.experts import find_experts
 from octavo.nn.reach import with_reach
 from octavo.nn.site import Site, joined, make_facts
 from octavo.nn.trace import Trace, trace
@@ -51,6 +52,7 @@ def find_sites(model: nn.Module, source: str, run: Callable[[], Any] | None) -> 
         total_bytes=sum(t.nbytes for t in _stored_tensors(model)),
         was_traced=seen is not None,
         notes=() if seen is not None else (_NOT_TRACED,),
+        experts=tuple(layer.path for layer in find_experts(model)),
     )
     return facts, sites
 

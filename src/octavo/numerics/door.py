@@ -213,6 +213,10 @@ class Door(Protocol):
         """One forward pass without gradients: a tensor, a tuple of positional inputs, or a dict."""
         ...
 
+    def expert_tokens(self) -> Mapping[str, Sequence[int]]:
+        """Layer of experts -> tokens that each of them got while observing; empty without experts."""
+        ...
+
     def quantizer_names(self) -> Sequence[str]:
         """Every quantizer that is in place, in model order."""
         ...

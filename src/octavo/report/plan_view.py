@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from octavo.report.fold import fold_names
-from octavo.report.words import TIMES, bytes_text, shape_text, share_text
+from octavo.report.words import TIMES, bytes_text, count_text, shape_text, share_text
 from octavo.spec.facts import Slot
 from octavo.spec.plan import Decision, Plan
 from octavo.spec.select import quantizer_name
@@ -220,7 +220,10 @@ def _header(widths: _Widths) -> Table:
 
 
 def _notes(plan: Plan) -> list[Text]:
-    return [Text(f"note: {note}", style="yellow") for note in (*plan.facts.notes, *plan.warnings)]
+    notes = [*plan.facts.notes, *plan.warnings]
+    if plan.experts is not None:
+        notes.append(f"{count_text(len(plan.facts.experts), 'layer')} of experts: {plan.experts}")
+    return [Text(f"note: {note}", style="yellow") for note in notes]
 
 
 class DottedName:

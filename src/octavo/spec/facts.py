@@ -95,6 +95,7 @@ class ModelFacts:
         total_bytes: Bytes of all parameters and persistent buffers as they are.
         was_traced: Whether a forward pass was observed (attention calls and multiply-adds are then known).
         notes: What could not be seen, and why.
+        experts: Paths of the modules, or lists of modules, that are experts: of which a token meets a few.
     """
 
     model: str
@@ -104,3 +105,4 @@ class ModelFacts:
     total_bytes: int
     was_traced: bool
     notes: tuple[str, ...] = ()
+    experts: tuple[str, ...] = ()

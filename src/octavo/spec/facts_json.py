@@ -34,6 +34,7 @@ def model_to_dict(facts: ModelFacts) -> dict[str, Any]:
         "total_bytes": facts.total_bytes,
         "was_traced": facts.was_traced,
         "notes": list(facts.notes),
+        "experts": list(facts.experts),
     }
 
 
@@ -41,4 +42,5 @@ def model_from_dict(data: Mapping[str, Any], sites: tuple[SiteFacts, ...]) -> Mo
     """The facts that ``model_to_dict`` wrote, with their sites."""
     fields = dict(data)
     fields["notes"] = tuple(fields["notes"])
+    fields["experts"] = tuple(fields.get("experts", ()))
     return ModelFacts(sites=sites, **fields)

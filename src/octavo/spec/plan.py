@@ -10,6 +10,7 @@ from typing import Any
 
 from octavo.errors import UserError
 from octavo.spec.coverage import CoverageRow, coverage
+from octavo.spec.experts import ExpertsPolicy
 from octavo.spec.facts import ModelFacts, SiteFacts, Slot
 from octavo.spec.facts_json import model_from_dict, model_to_dict, site_from_dict, site_to_dict
 from octavo.spec.formats import format_name
@@ -143,13 +144,17 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Every site with its decision, and the account of what is covered."""
+    """Every site with its decision, and the account of what is covered.
+
+    ``experts`` says how experts are calibrated; ``None`` where the model has none.
+    """
 
     facts: ModelFacts
     recipe: str
     decisions: tuple[Decision, ...]
     target: str = ""
     warnings: tuple[str, ...] = ()
+    experts: ExpertsPolicy | None = None
 
     @property
     def parameters_covered(self) -> float:
@@ -250,8 +255,15 @@ class Plan:
             }
             for decision in self.decisions
         ]
-        head = {"schema": PLAN_SCHEMA, "recipe": self.recipe, "target": self.target, "warnings": list(self.warnings)}
+        head: dict[str, Any] = {
+            "schema": PLAN_SCHEMA,
+            "recipe": self.recipe,
+            "target": self.target,
+            "warnings": list(self.warnings),
+        }
         account = [row.to_dict() for row in self.coverage()]
+        if self.experts is not None:
+            head["calibration"] = self.experts.to_dict()
         body = {"model": model_to_dict(self.facts), "coverage": account, "decisions": decisions}
         return json.dumps({**head, **body}, indent=1)
 
@@ -268,7 +280,9 @@ class Plan:
                 raise UserError(f"a plan of schema {data.get('schema')!r}: this octavo reads {PLAN_SCHEMA!r}")
             decisions = tuple(_decision_from_dict(entry) for entry in data["decisions"])
             facts = model_from_dict(data["model"], tuple(decision.site for decision in decisions))
-            return cls(facts, data["recipe"], decisions, data["target"], tuple(data["warnings"]))
+            policy = data.get("calibration")
+            experts = ExpertsPolicy.of(policy["experts"], policy["expert_tokens"]) if policy else None
+            return cls(facts, data["recipe"], decisions, data["target"], tuple(data["warnings"]), experts)
         except UserError:
             raise
         except (AttributeError, KeyError, TypeError, ValueError) as error:

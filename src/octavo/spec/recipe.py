@@ -17,7 +17,7 @@ A recipe file::
       - select: "*.router"
         leave: decides which experts run
         optional: true          # may match nothing; without it every pattern must match
-    calibration: {observer: absmax, percentile: 99.99, samples: 512, batch_size: 32}
+    calibration: {observer: absmax, percentile: 99.99, samples: 512, batch_size: 32, experts: share, expert_tokens: 32}
 
 Slots are the values of ``Slot``; formats are listed by ``octavo formats``. A ``token`` or ``group`` format of an
 activation is dynamic; a ``tensor`` format is static unless ``dynamic: true``.
@@ -35,6 +35,7 @@ from typing import Any
 import yaml
 
 from octavo.errors import UserError
+from octavo.spec.experts import ExpertsPolicy
 from octavo.spec.facts import Slot
 from octavo.spec.plan import ObserverSpec, QuantizerSpec
 from octavo.spec.recipe_file import RecipeFile
@@ -52,11 +53,13 @@ class Calibration:
         observer: How static activation ranges are found, where a rule does not say.
         samples: Samples of the data that are used.
         batch_size: Samples per forward pass.
+        experts: What becomes of experts that the samples hardly reach.
     """
 
     observer: ObserverSpec = field(default_factory=ObserverSpec)
     samples: int = 512
     batch_size: int = 32
+    experts: ExpertsPolicy = field(default_factory=ExpertsPolicy)
 
     def __post_init__(self) -> None:
         for name, value in (("samples", self.samples), ("batch_size", self.batch_size)):
@@ -108,7 +111,12 @@ class Recipe:
         return self.with_calibration(observer=ObserverSpec(name, kept))
 
     def with_calibration(
-        self, *, observer: ObserverSpec | None = None, samples: int | None = None, batch_size: int | None = None
+        self,
+        *,
+        observer: ObserverSpec | None = None,
+        samples: int | None = None,
+        batch_size: int | None = None,
+        experts: ExpertsPolicy | None = None,
     ) -> Recipe:
         """A new recipe with other defaults of calibration; ``None`` keeps what is there."""
         now = self.calibration
@@ -116,6 +124,7 @@ class Recipe:
             observer or now.observer,
             now.samples if samples is None else samples,
             now.batch_size if batch_size is None else batch_size,
+            experts or now.experts,
         )
         return dataclasses.replace(self, calibration=calibration)
 
@@ -136,6 +145,7 @@ class Recipe:
             "percentile": observer.percentile,
             "samples": self.calibration.samples,
             "batch_size": self.calibration.batch_size,
+            **self.calibration.experts.to_dict(),
         }
         head: dict[str, Any] = {"name": self.name}
         head |= {"description": self.description} if self.description else {}
@@ -227,7 +237,8 @@ def _calibration(file: RecipeFile, base: Recipe) -> Calibration:
     if part is None:
         return base.calibration
     try:
-        return Calibration(ObserverSpec(part.observer, part.percentile), part.samples, part.batch_size)
+        experts = ExpertsPolicy.of(part.experts, part.expert_tokens)
+        return Calibration(ObserverSpec(part.observer, part.percentile), part.samples, part.batch_size, experts)
     except UserError as error:
         file.fail(("calibration",), str(error))
 

@@ -65,6 +65,8 @@ class CalibrationPart(_Part):
     percentile: float = 99.99
     samples: int = 512
     batch_size: int = 32
+    experts: str = "share"
+    expert_tokens: int = 32
 
 
 class RecipePart(_Part):

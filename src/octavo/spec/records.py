@@ -70,6 +70,14 @@ class CoverageRecord(_Part):
     sites: list[str]
 
 
+class ExpertsRecord(_Part):
+    """Experts of one layer: how many tokens of the calibration data each of them got, and what the policy was."""
+
+    name: str
+    policy: str
+    tokens: list[int]
+
+
 class _PlanPart(_Part):
     parameters_covered: float | None = Field(default=None, ge=0, le=1)
     macs_covered: float | None = Field(default=None, ge=0, le=1)
@@ -100,6 +108,7 @@ class _RunObject(_Part):
     peak_memory_bytes: int | None
     warnings: list[str]
     output: str | None
+    experts: list[ExpertsRecord]
     layers: list[LayerRecord] = []
 
 
@@ -127,6 +136,7 @@ class RunRecord:
         peak_memory_bytes: Largest resident memory of the process, ``None`` where the system does not say.
         warnings: What the user should know.
         output: Path that was written, empty for none.
+        experts: Tokens that each expert saw while calibrating, layer by layer.
     """
 
     model: str
@@ -148,6 +158,7 @@ class RunRecord:
     peak_memory_bytes: int | None = None
     warnings: tuple[str, ...] = ()
     output: str = ""
+    experts: tuple[ExpertsRecord, ...] = ()
 
     @classmethod
     def of_plan(cls, plan: Plan, *, version: str = "", leave: Sequence[str] = ()) -> RunRecord:
@@ -192,6 +203,7 @@ class RunRecord:
             "peak_memory_bytes": self.peak_memory_bytes,
             "warnings": list(self.warnings),
             "output": self.output or None,
+            "experts": [layer.model_dump() for layer in self.experts],
         }
 
     def to_json(self) -> str:
@@ -240,6 +252,7 @@ class RunRecord:
             peak_memory_bytes=run.peak_memory_bytes,
             warnings=tuple(run.warnings),
             output=run.output or "",
+            experts=tuple(run.experts),
         )
 
 

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from octavo.errors import UserError
+from octavo.spec.experts import format_for
 from octavo.spec.facts import QUANTIZER_NAMES, ModelFacts, SiteFacts, Slot
 from octavo.spec.plan import Decision, Plan, QuantizerSpec
 from octavo.spec.recipe import Recipe
@@ -39,7 +40,8 @@ def resolve(recipe: Recipe, facts: ModelFacts, target: str = "") -> Plan:
     decisions = tuple(_decide(site, rules) for site in facts.sites)
     _refuse_misfits(decisions)
     warnings = (*_warnings(rules, facts), *_unreached(decisions))
-    plan = Plan(facts, recipe.name, decisions, target, warnings)
+    experts = recipe.calibration.experts if facts.experts else None
+    plan = Plan(facts, recipe.name, decisions, target, warnings, experts)
     plan = replace(plan, warnings=(*warnings, *_fused(plan)))
     if not plan.quantizers():
         raise UserError(_nothing_quantized(plan))
@@ -128,7 +130,7 @@ def _decide(site: SiteFacts, rules: Sequence[_BoundRule]) -> Decision:
             wanted.update(draft.given)
     if site.obstacle and (draft.given or not draft.left):
         return Decision(site, {}, why=site.obstacle)
-    scheme = {slot: draft.given[slot][0] for slot in site.slots if slot in draft.given}
+    scheme = {slot: _fitted(slot, draft.given[slot][0], site) for slot in site.slots if slot in draft.given}
     is_all_left = set(draft.left) == set(site.slots)
     left = {slot: draft.left[slot] for slot in site.slots if slot in draft.left and (slot in wanted or is_all_left)}
     if scheme:
@@ -138,6 +140,11 @@ def _decide(site: SiteFacts, rules: Sequence[_BoundRule]) -> Decision:
         why, rule = next(iter(left.values()))
         return Decision(site, {}, rule, why)
     return Decision(site, {}, why=_unselected(site))
+
+
+def _fitted(slot: Slot, spec: QuantizerSpec, site: SiteFacts) -> QuantizerSpec:
+    """In a stack of weights (experts) each matrix has scales of its own."""
+    return replace(spec, format=format_for(spec.format, site.weight_shape)) if slot is Slot.WEIGHT else spec
 
 
 def _apply(bound: _BoundRule, site: SiteFacts, draft: _Draft) -> None:

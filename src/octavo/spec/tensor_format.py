@@ -78,7 +78,7 @@ class PerChannel:
         return shape[: self.axis % len(shape) + 1] if len(shape) > 1 else shape
 
     def __str__(self) -> str:
-        return "per channel"
+        return "per channel" if self.axis == -2 else "per matrix" if self.axis == 0 else f"along axis {self.axis}"
 
 
 @dataclass(frozen=True, slots=True)
