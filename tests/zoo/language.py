@@ -120,7 +120,8 @@ def qwen2_moe() -> Case:
 
 
 def gpt_oss() -> Case:
-    return causal("GptOss", **GROUPED, num_local_experts=4, num_experts_per_tok=2, head_dim=8, sliding_window=4)
+    sizes = {**GROUPED, "intermediate_size": 64, "head_dim": 8, "sliding_window": 4}
+    return causal("GptOss", **sizes, num_local_experts=4, num_experts_per_tok=2)
 
 
 def llama4() -> Case:

@@ -17,6 +17,7 @@ _WEIGHTS = frozenset((
 ))
 # fmt: on
 _RUN_FILES = frozenset(("run.json", "plan.json", "recipe.yaml", "layout.json"))
+_STORED_AS = ("quantization_config", "compression_config")
 _SUBDIRECTORIES = ("additional_chat_templates",)
 
 
@@ -41,6 +42,16 @@ def copy_companions(source: Path, target: Path, *, with_code: bool) -> None:
     for relative in companion_paths(source, with_code=with_code):
         (target / relative).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / relative, target / relative)
+    _forget_quantization(target / "config.json")
+
+
+def _forget_quantization(path: Path) -> None:
+    """A configuration says how the weights beside it are stored: those that it came with no longer are."""
+    if not path.is_file() or not any(f'"{key}"' in path.read_text(encoding="utf-8") for key in _STORED_AS):
+        return
+    config = read_json(path)
+    kept = {key: value for key, value in config.items() if key not in _STORED_AS}
+    path.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 
 
 def companion_bytes(source: Path | None, *, with_code: bool) -> int:

@@ -17,6 +17,7 @@ from octavo.nn.experts import find_experts
 from octavo.nn.reach import with_reach
 from octavo.nn.site import Site, joined, make_facts
 from octavo.nn.trace import Trace, trace
+from octavo.nn.roles import with_role
 from octavo.nn.views import WeightView
 from octavo.spec.facts import ModelFacts, Slot
 
@@ -44,6 +45,8 @@ def find_sites(model: nn.Module, source: str, run: Callable[[], Any] | None) -> 
     sites = _share_inputs(_link_ties(model, sites))
     if seen is not None:
         sites = [replace(site, facts=with_reach(site.facts, site.module, seen)) for site in sites]
+    experts = find_experts(model)
+    sites = [replace(site, facts=with_role(site.facts, site.module, model, experts)) for site in sites]
     facts = ModelFacts(
         model=source,
         type_name=type(model).__name__,
@@ -52,7 +55,7 @@ def find_sites(model: nn.Module, source: str, run: Callable[[], Any] | None) -> 
         total_bytes=sum(t.nbytes for t in _stored_tensors(model)),
         was_traced=seen is not None,
         notes=() if seen is not None else (_NOT_TRACED,),
-        experts=tuple(layer.path for layer in find_experts(model)),
+        experts=tuple(layer.path for layer in experts),
     )
     return facts, sites
 

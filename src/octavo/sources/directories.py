@@ -9,6 +9,7 @@ from typing import Any
 
 from octavo.errors import UserError
 from octavo.sources.extras import require
+from octavo.sources.quantized_checkpoints import check_readable
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _FILES = (*_PICKLES, ".onnx", ".gguf", ".safetensors", ".json")
@@ -40,7 +41,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     """``config.json`` of a model that can be opened.
 
     Raises:
-        UserError: not a model's directory, only pickled weights, or a checkpoint that is quantized already.
+        UserError: not a directory of a model, or of one that is quantized in a way that cannot be undone.
     """
     path = directory / "config.json"
     if not path.is_file():
@@ -53,7 +54,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} holds a value of type {type(config).__name__}, and a model's configuration is an object"
         )
-    _check_not_quantized(directory, config)
+    check_readable(config, directory)
     return config
 
 
@@ -100,17 +101,6 @@ def _no_config_problem(directory: Path) -> str:
     names = sorted(path.name for path in directory.iterdir())[:8]
     there = f"there is {', '.join(names)}" if names else "it is empty"
     return f"model directory {directory}: no config.json, so it is not a Hugging Face model ({there})"
-
-
-def _check_not_quantized(directory: Path, config: dict[str, Any]) -> None:
-    section = config.get("quantization_config") or config.get("compression_config")
-    if not section and not (directory / "hf_quant_config.json").is_file():
-        return
-    method = section.get("quant_method", "unknown method") if isinstance(section, dict) else "modelopt"
-    raise UserError(
-        f"model directory {directory} is already quantized ({method}); rounding a second time would add to the "
-        "first error without showing it. Give the checkpoint it was made from"
-    )
 
 
 def _fetch(source: str, *, trust_remote_code: bool) -> Path:

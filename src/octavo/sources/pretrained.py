@@ -14,6 +14,7 @@ from torch import nn
 from octavo.errors import UserError
 from octavo.sources.directories import check_weights, read_config
 from octavo.sources.extras import require
+from octavo.sources.quantized_checkpoints import ask_for_plain_weights, forget_quantization
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,9 @@ def load_pretrained(directory: Path, *, dtype: str, trust_remote_code: bool) -> 
     """
     config, model_class = _find_class(directory, trust_remote_code=trust_remote_code)
     check_weights(directory)
+    method = ask_for_plain_weights(config, directory)
+    if method == "compressed-tensors":
+        require("compressed_tensors", needed_for=f"reading the compressed-tensors checkpoint in {directory}")
     try:
         with _quiet():
             model, notes = model_class.from_pretrained(
@@ -45,6 +49,8 @@ def load_pretrained(directory: Path, *, dtype: str, trust_remote_code: bool) -> 
             )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise UserError(f"model directory {directory} could not be opened: {error}") from error
+    if method:
+        forget_quantization(model, directory)
     _check_complete(directory, model, notes)
     loaded: nn.Module = model
     return loaded

@@ -24,6 +24,13 @@ class Slot(Enum):
     RIGHT = "right"
 
 
+class Role(Enum):
+    """What a layer is for, where only a rule that names such layers may reach it."""
+
+    ROUTER = "router"
+    ADAPTER = "adapter"
+
+
 QUANTIZER_NAMES: dict[Slot, str] = {
     Slot.WEIGHT: "weight_quantizer",
     Slot.INPUT: "input_quantizer",
@@ -58,6 +65,7 @@ class SiteFacts:
         tied_to: Name of the site that owns the same parameter, empty for none.
         shares_input_with: Names of sites that read the same tensor.
         obstacle: Why nothing here can be quantized (a subclass with its own forward, ...), empty for none.
+        role: Router of experts, or adapter beside a frozen layer; ``None`` for an ordinary site.
         unreached: The part of the model that did not run on the sample and holds this site; empty when it ran.
     """
 
@@ -75,6 +83,12 @@ class SiteFacts:
     shares_input_with: tuple[str, ...] = ()
     obstacle: str = ""
     unreached: str = ""
+    role: Role | None = None
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether only a rule whose pattern matches nothing but such sites may quantize it."""
+        return self.operation == "norm" or self.role is not None
 
     @property
     def num_weights(self) -> int:

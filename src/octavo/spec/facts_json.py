@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from octavo.spec.facts import ModelFacts, SiteFacts, Slot
+from octavo.spec.facts import ModelFacts, Role, SiteFacts, Slot
 
 
 def site_to_dict(site: SiteFacts) -> dict[str, Any]:
     """A site without the fields that are empty."""
     fields: dict[str, Any] = asdict(site) | {"slots": [slot.value for slot in site.slots]}
+    fields["role"] = site.role.value if site.role is not None else None
     return {name: value for name, value in fields.items() if value not in ("", (), {}, [], None)}
 
 
@@ -22,6 +23,7 @@ def site_from_dict(data: Mapping[str, Any]) -> SiteFacts:
     fields["slots"] = tuple(Slot(value) for value in fields.get("slots", ()))
     for name in ("base_types", "weight_shape", "shares_input_with"):
         fields[name] = tuple(fields.get(name, ()))
+    fields["role"] = Role(fields["role"]) if fields.get("role") else None
     return SiteFacts(**fields)
 
 

@@ -5,8 +5,9 @@ How rules combine, for every slot of every site:
 1. Rules apply in order; the last one that says something about a slot wins. A scheme says something about the slots
    that it names, a ``leave`` about every slot that its patterns select.
 2. A pattern that matches a site selects all its slots; one that matches a quantizer's name selects that slot.
-3. A norm's input is the residual stream: a scheme reaches a norm only through a pattern that matches norms and nothing
-   else (``operation:norm``, ``*.layer_norm1``), never through a broad one (``*input_quantizer``).
+3. A norm's input is the residual stream, a router decides which experts run, an adapter is what a user trains: a scheme
+   reaches these only through a pattern that matches nothing else (``operation:norm``, ``*.layer_norm1``, ``*.router``),
+   never through a broad one (``*input_quantizer``).
 4. A site with an obstacle stays as it is, and says why. A site that uses another's parameter is decided there.
 5. Every pattern of a rule must match something, and every slot of a scheme must exist at one of the selected sites,
    unless the rule is optional. A format that does not fit a weight, and a recipe that quantizes nothing, are errors.
@@ -17,10 +18,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import assert_never
 
 from octavo.errors import UserError
 from octavo.spec.experts import format_for
-from octavo.spec.facts import QUANTIZER_NAMES, ModelFacts, SiteFacts, Slot
+from octavo.spec.facts import QUANTIZER_NAMES, ModelFacts, Role, SiteFacts, Slot
 from octavo.spec.plan import Decision, Plan, QuantizerSpec
 from octavo.spec.recipe import Recipe
 from octavo.spec.rule import Leave, Rule
@@ -67,9 +69,9 @@ def _bind(recipe: Recipe, index: int, facts: ModelFacts) -> _BoundRule:
         sites = [site for site in facts.sites if pattern.matches(site)]
         if not sites and not rule.is_optional:
             raise UserError(no_match_message(pattern, facts.sites, origin) + _untraced(pattern, facts))
-        may_reach_norms = isinstance(rule.action, Leave) or all(site.operation == "norm" for site in sites)
+        may_reach_all = isinstance(rule.action, Leave) or all(site.is_apart for site in sites)
         for site in sites:
-            slots = pattern.matching_slots(site) if may_reach_norms or site.operation != "norm" else ()
+            slots = pattern.matching_slots(site) if may_reach_all or not site.is_apart else ()
             reached[site.name] = dict.fromkeys(slots, pattern) | reached.get(site.name, {})
     scheme = {} if isinstance(rule.action, Leave) else rule.action
     specs = {slot: recipe.quantizer(slot, wanted) for slot, wanted in scheme.items()}
@@ -97,8 +99,11 @@ def _refuse_absent_slots(bound: _BoundRule, sites: Sequence[SiteFacts]) -> None:
 
 
 def _why_nothing(sites: Sequence[SiteFacts]) -> str:
-    if any(site.operation == "norm" for site in sites):
-        return "norms are only reached by a pattern that matches nothing else, such as 'operation:norm'"
+    if any(site.is_apart for site in sites):
+        return (
+            "norms, routers and adapters are only reached by a pattern that matches nothing else, "
+            "such as 'operation:norm'"
+        )
     obstacle = next((f"{site.name!r}: {site.obstacle}" for site in sites if site.obstacle), "")
     return obstacle or "nothing there takes a quantizer"
 
@@ -164,6 +169,15 @@ def _partly_left(left: dict[Slot, tuple[str, str]]) -> str:
 def _unselected(site: SiteFacts) -> str:
     if site.operation == "norm":
         return "norm: not quantized unless a rule names it"
+    match site.role:
+        case Role.ROUTER:
+            return "router: it decides which experts run; not quantized unless a rule names it"
+        case Role.ADAPTER:
+            return "adapter: kept apart from the layer that it adapts; not quantized unless a rule names it"
+        case None:
+            pass
+        case _:
+            assert_never(site.role)
     if not site.slots:
         return "nothing here takes a quantizer"
     return f"no rule selects {site.operation}"
