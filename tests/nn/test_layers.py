@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import octavo
+from octavo.backends.simulate import fake_quantize, format_key
 from octavo.nn.door import TorchDoor
 from octavo.nn.views import WeightView
 from octavo.numerics import qtensor
@@ -164,24 +165,6 @@ def test_a_norm_is_quantized_only_when_a_rule_names_it() -> None:
     assert torch.equal(model[1](model[0](x)), model[1].output_quantizer(normed))
 
 
-OBSTACLES: dict[str, Any] = {
-    "parametrization": (lambda: torch.nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), "parametrization"),
-    "spectral": (lambda: torch.nn.utils.spectral_norm(nn.Linear(8, 8)), "parametrization"),
-}
-
-
-@pytest.mark.parametrize("name", OBSTACLES)
-def test_the_plan_says_why_a_layer_stays_as_it_is(name: str) -> None:
-    make, reason = OBSTACLES[name]
-    model, x = nn.Sequential(make(), nn.Linear(8, 4)), torch.randn(2, 8)
-    before = model[0](x)
-    run = octavo.quantize(model, RECIPE, [x])
-    assert run.plan.decision("0").why
-    assert re.search(reason, run.plan.decision("0").why)
-    assert all(name.startswith("1.") for name in run.door.quantizer_names())
-    assert torch.allclose(model[0](x), before)
-
-
 def test_an_embedding_that_changes_its_weight_stays_as_it_is() -> None:
     model = nn.Sequential(nn.Embedding(10, 8, max_norm=1.0), nn.Linear(8, 4))
     plan = octavo.plan(model, WEIGHTS, sample=torch.tensor([[1, 2]]))
@@ -225,3 +208,24 @@ def test_register_takes_classes_of_modules_and_known_slots() -> None:
         octavo.register(nn.Linear, nn.Linear(1, 1))
     with pytest.raises(octavo.UserError, match="slots are weight, input"):
         octavo.register(nn.Linear, nn.Linear, slots=("wieght",))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("activation", [nn.GELU(), nn.SiLU(), nn.ReLU()], ids=lambda m: type(m).__name__)
+def test_outputs_of_norms_and_activations_are_rounded_on_request(activation: nn.Module) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.LayerNorm(8), activation, nn.Linear(8, 3)).eval(), torch.randn(4, 8)
+    before = model(x)
+    recipe = Recipe("mine", ()).quantize("operation:norm", output="int4-tensor")
+    recipe = recipe.quantize("operation:activation", output="int4-tensor")
+    run = octavo.quantize(model, recipe, [x])
+    assert run.door.quantizer_names() == ["0.output_quantizer", "1.output_quantizer"]
+    normed = F.layer_norm(x, (8,))
+    normed = fake_quantize(normed, format_key(FORMATS["int4-tensor"]), normed.abs().max() / 7)
+    active = type(activation)()(normed)
+    # the activation's range was found on unrounded values
+    active = fake_quantize(active, format_key(FORMATS["int4-tensor"]), model[1].output_quantizer.scale)
+    assert torch.equal(model(x), model[2](active))
+    octavo.strip(model)
+    assert torch.equal(model(x), before)
+    assert type(model[1]) is type(activation)

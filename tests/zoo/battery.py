@@ -34,7 +34,8 @@ def outputs(model: nn.Module, batch: dict[str, Any]) -> Tensor:
 
 
 DEAD = {
-    "sam": ("mask_decoder.output_hypernetworks_mlps.0.",),  # several masks are asked for: the first is dropped
+    # several masks are asked for: the first is dropped; the sample's points are all of one kind
+    "sam": ("mask_decoder.output_hypernetworks_mlps.0.", "prompt_encoder.point_embed."),
     "sd3": ("transformer_blocks.1.attn.add_q_proj.",),  # the last block drops its text
 }
 """Parts that compute what the model then throws away."""
@@ -70,13 +71,17 @@ def anatomy(model: nn.Module) -> dict[str, Any]:
     return {
         path: (
             type(module),
-            {name: value for name, value in vars(module).items() if not name.startswith("_")},
+            {name: _plain(value) for name, value in vars(module).items() if not name.startswith("_")},
             list(module._modules),
             [list(hooks) for name, hooks in vars(module).items() if name.endswith("_hooks")],
             module.training,
         )
         for path, module in model.named_modules()
     }
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value.shape) if isinstance(value, Tensor) else value
 
 
 def bits(model: nn.Module) -> dict[str, tuple[int, Tensor]]:

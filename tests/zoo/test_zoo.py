@@ -29,10 +29,11 @@ def test_there_are_as_many_architectures_as_promised() -> None:
 def test_a_model_is_covered_and_comes_back(name: str) -> None:
     model, batch = made(name)
     before, shape, tensors = outputs(model, batch), anatomy(model), bits(model)
+    num_parameters = sum(p.numel() for p in model.parameters())
     run = octavo.quantize(model, COARSE, [batch])
 
     rows = run.plan.coverage()
-    assert sum(row.num_parameters for row in rows) == sum(p.numel() for p in model.parameters())
+    assert sum(row.num_parameters for row in rows) == num_parameters
     assert sum(row.macs or 0 for row in rows) == sum(d.site.macs or 0 for d in run.plan.decisions)
     assert all(row.reason for row in rows)
     assert any(row.state is State.QUANTIZED for row in rows)

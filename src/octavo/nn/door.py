@@ -12,8 +12,8 @@ from torch import nn
 from octavo.errors import UserError
 from octavo.nn import surgery
 from octavo.nn.blocks import TorchBlock, find_blocks
-from octavo.nn.fusion import Member, shared_amaxes
 from octavo.nn.experts import ExpertWatch
+from octavo.nn.fusion import Member, shared_amaxes
 from octavo.nn.quantizer import ActivationQuantizer, Mode, Quantizer, WeightQuantizer
 from octavo.nn.sites import Site, find_sites
 from octavo.nn.snapshot import TorchSnapshot, stored_parameter

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from octavo.nn.extras import INPUT_TRANSFORM, LOW_RANK
+from octavo.nn.parametrized import obstacle_of, sources_of
 from octavo.nn.views import WeightView
 from octavo.spec.facts import QUANTIZER_NAMES, Slot
 
@@ -187,6 +188,9 @@ LAYER_KINDS: dict[type[nn.Module], LayerKind] = {
 _REGISTERED: dict[type[nn.Module], LayerKind] = {}
 _TRANSPOSED_LINEAR = LayerKind("linear", QuantTransposedLinear, _LINEAR_SLOTS, is_transposed=True)
 _NORM = LayerKind("norm", QuantNorm, (Slot.INPUT, Slot.OUTPUT))
+_ACTIVATION = LayerKind("activation", QuantNorm, (Slot.OUTPUT,))
+_WITHOUT_PRODUCT = ("norm", "activation")
+_ACTIVATION_HOMES = ("torch.nn.modules.activation", "transformers.activations")
 
 
 def register_kind(module_class: type[nn.Module], kind: LayerKind) -> None:
@@ -205,7 +209,16 @@ def layer_kind(module: nn.Module) -> LayerKind | None:
             return kind
     if cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils":
         return _TRANSPOSED_LINEAR
-    return _NORM if cls.__name__.endswith(("Norm", "Norm1d", "Norm2d", "Norm3d")) else None
+    if cls.__name__.endswith(("Norm", "Norm1d", "Norm2d", "Norm3d")):
+        return _NORM
+    return _ACTIVATION if _is_activation(module) else None
+
+
+def _is_activation(module: nn.Module) -> bool:
+    """torch's and transformers' elementwise functions as modules; what a softmax makes has a slot at the attention."""
+    own = original_class(module)
+    is_plain = not module._parameters and not isinstance(module, nn.MultiheadAttention)
+    return own.__module__ in _ACTIVATION_HOMES and is_plain and "softm" not in own.__name__.lower()
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
@@ -219,7 +232,7 @@ def has_own_forward(module: nn.Module) -> bool:
     kind = layer_kind(module)
     if isinstance(module, nn.MultiheadAttention):
         return original_class(module).forward is not nn.MultiheadAttention.forward
-    if kind is None or kind.operation == "norm" or kind in _REGISTERED.values() or kind is _TRANSPOSED_LINEAR:
+    if kind is None or kind.operation in _WITHOUT_PRODUCT or kind in _REGISTERED.values() or kind is _TRANSPOSED_LINEAR:
         return False
     base = next(base for base, known in LAYER_KINDS.items() if known is kind)
     own = original_class(module)
@@ -231,12 +244,12 @@ def is_sealed(module: nn.Module) -> bool:
     if isinstance(module, nn.MultiheadAttention):
         return not has_own_forward(module)
     kind = layer_kind(module)
-    return kind is not None and kind.operation != "norm" and not has_own_forward(module)
+    return kind is not None and kind.operation not in _WITHOUT_PRODUCT and not has_own_forward(module)
 
 
 def obstacle(module: nn.Module, kind: LayerKind) -> str:
     """Why ``module`` cannot be quantized although its type is known; empty when it can."""
-    if kind.operation == "norm" or kind in _REGISTERED.values():
+    if kind.operation in _WITHOUT_PRODUCT or kind in _REGISTERED.values():
         return ""
     if has_own_forward(module):
         base = next(base for base, known in LAYER_KINDS.items() if known is kind)
@@ -244,6 +257,6 @@ def obstacle(module: nn.Module, kind: LayerKind) -> str:
         return f"{names}, with its own forward: hand in its counterpart with octavo.register"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "an embedding with max_norm changes its weight during the forward"
-    if "weight" not in module._parameters:
-        return "its weight is computed (a parametrization or weight norm): remove the parametrization first"
-    return ""
+    if "weight" in module._parameters:
+        return ""
+    return obstacle_of(module) if sources_of(module) else "its weight is computed in a way that octavo does not know"

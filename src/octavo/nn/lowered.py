@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from octavo.errors import UserError
 from octavo.nn.packed import PackedTensor
+from octavo.nn.parametrized import forget_sources
 from octavo.nn.quantizer import Mode, WeightQuantizer
 from octavo.nn.snapshot import stored_parameter
 
@@ -70,6 +71,7 @@ def lower(model: nn.Module) -> nn.Module:
             _replace(model.get_submodule(path), name, packed)
     for holder, name, _ in holders:
         del holder._modules[name]
+    forget_sources(model)
     return model
 
 

@@ -11,13 +11,15 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from octavo.errors import UserError
+from octavo.nn.experts import find_experts
 from octavo.nn.functional import ROOT, claimed, functional_sites
 from octavo.nn.layers import has_own_forward, is_sealed, layer_kind, obstacle, original_class
-from octavo.nn.experts import find_experts
+from octavo.nn.parametrized import sources_of, weight_of
 from octavo.nn.reach import with_reach
+from octavo.nn.recurrent import is_recurrent, recurrent_sites
+from octavo.nn.roles import with_role
 from octavo.nn.site import Site, joined, make_facts
 from octavo.nn.trace import Trace, trace
-from octavo.nn.roles import with_role
 from octavo.nn.views import WeightView
 from octavo.spec.facts import ModelFacts, Slot
 
@@ -89,10 +91,12 @@ def _collect(model: nn.Module, seen: Trace | None) -> Iterator[Site]:
         rank = {path: k for k, path in enumerate(seen.order)}
         modules = dict(sorted(modules.items(), key=lambda item: rank.get(item[0], len(rank))))
     keys, names = claimed(found), {site.facts.name for site in found}
+    computed = {joined(path, name): path for path, module in modules.items() for name in sources_of(module)}
     for path, module in modules.items():
         runs_itself = seen is not None and is_sealed(module) and path in seen.order
         own = _own_parameters(path, module)
         parameters = own if runs_itself else {key: p for key, p in own.items() if key not in keys}
+        parameters = {key: p for key, p in parameters.items() if computed.get(key, path) == path}
         if path not in names and (path or ROOT) not in names:
             yield from _module_sites(path, module, parameters, seen)
         elif parameters:
@@ -111,12 +115,15 @@ def _module_sites(
     is_inherited = seen is None or not has_own_forward(module) or path in seen.inherited
     if isinstance(module, nn.MultiheadAttention) and is_inherited:
         yield from _multihead_sites(path, module, parameters, seen)
+    elif is_recurrent(module):
+        yield from recurrent_sites(path, module, parameters, seen.macs if seen else None)
     elif kind is not None:
         reason = obstacle(module, kind)
         if reason and seen is not None and has_own_forward(module):
             reason = _unseen(path, seen)
-        weight = module._parameters.get("weight")
-        view = kind.view(weight) if weight is not None and kind.operation != "norm" else None
+        weight = weight_of(module)
+        parameters = {**parameters, **{joined(path, name): p for name, p in sources_of(module).items()}}
+        view = kind.view(weight) if weight is not None and Slot.WEIGHT in kind.slots else None
         key = joined(path, "weight") if view else ""
         facts = make_facts(
             path,

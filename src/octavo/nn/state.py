@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo.errors import UserError
+from octavo.nn.parametrized import make_plain_for_good, sources_of
 from octavo.nn.quantizer import ActivationQuantizer, Mode
 from octavo.nn.surgery import quantizers
 from octavo.numerics.qtensor import QTensor
@@ -48,6 +49,9 @@ def load_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     Raises:
         UserError: names or shapes are not the model's.
     """
+    for path, module in model.named_modules():
+        if sources_of(module) and f"{path}.weight".strip(".") in tensors:
+            make_plain_for_good(module)
     try:
         result: Any = model.load_state_dict(tensors, strict=False)
     except RuntimeError as error:

@@ -18,7 +18,10 @@ from octavo.nn.changes import Change, changed_class
 from octavo.nn.extras import InputTransform, LowRank
 from octavo.nn.layers import has_own_forward, layer_kind
 from octavo.nn.multihead import QuantMultiheadAttention
+from octavo.nn.originals import give_back, require_way_back
+from octavo.nn.parametrized import make_plain, restore, sources_of
 from octavo.nn.quantizer import ActivationQuantizer, Quantizer, SharedInput, WeightQuantizer, new_observer
+from octavo.nn.recurrent import refresh
 from octavo.nn.site import Site, joined
 from octavo.spec.facts import Slot
 from octavo.spec.plan import Decision, Plan
@@ -56,7 +59,7 @@ def insert(model: nn.Module, plan: Plan, sites: Mapping[str, Site]) -> None:
             module.__class__ = changed_class(type(module), change)
         _close_side_doors(model)
     except BaseException:
-        strip(model)
+        take_out(model)
         raise
 
 
@@ -86,6 +89,9 @@ def _insert_one(model: nn.Module, decision: Decision, site: Site, shared: Shared
         quantizer: Quantizer
         if slot is Slot.WEIGHT:
             assert site.view is not None
+            owner = model.get_submodule(site.weight.rpartition(".")[0])
+            if sources_of(owner):
+                make_plain(owner)
             quantizer = WeightQuantizer(name, spec, site.view, site.weight)
         else:
             quantizer = ActivationQuantizer(name, spec, shared if slot is Slot.INPUT else None)
@@ -180,15 +186,22 @@ def _close_side_doors(model: nn.Module) -> None:
 
 
 def strip(model: nn.Module) -> None:
-    """Take every quantizer out and give every module the class it had.
+    """Take every quantizer out and give every module the class, hooks, attributes and weights that it had.
 
     Raises:
-        UserError: the weights are packed codes.
+        UserError: the weights are packed codes, or were changed by steps of the recipe and are not kept.
     """
     if any("octavo_lowered" in vars(type(module)) for module in model.modules()):
         raise UserError(
             "a lowered model keeps codes only: its original weights are gone; load the original model again"
         )
+    require_way_back(model)
+    take_out(model)
+    give_back(model)
+
+
+def take_out(model: nn.Module) -> None:
+    """Take every quantizer out, whatever became of the weights."""
     for module in list(model.modules()):
         for name, child in list(module._modules.items()):
             if isinstance(child, _OURS) or (child is not None and _is_holder(child)):
@@ -196,6 +209,8 @@ def strip(model: nn.Module) -> None:
         original = vars(type(module)).get(_MARK)
         if original is not None:
             module.__class__ = original
+            refresh(module)
+        restore(module)
         module.__dict__.pop("save_pretrained", None)
 
 

@@ -12,9 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from octavo.nn.layers import LayerKind, is_sealed, layer_kind
 from octavo.nn.meetings import CallMode, Trace
+from octavo.nn.parametrized import weight_of
+from octavo.nn.recurrent import is_recurrent, recurrent_macs
 
 __all__ = ["Trace", "trace"]
 
@@ -96,6 +99,11 @@ class _Watcher:
             if is_sealed(module) or path in self.result.inherited:
                 for part, macs in _multihead_macs(module, args, kwargs).items():
                     self._add(f"{path}.{part}".strip("."), macs)
+        elif is_recurrent(module):
+            packed = [value.data for value in args if isinstance(value, PackedSequence)]
+            x = packed[0] if packed else _first_tensor(args, kwargs)
+            for name, macs in recurrent_macs(module, x).items():
+                self._add(f"{path}.{name}".strip("."), macs)
         elif kind is not None and is_sealed(module) and isinstance(output, Tensor):
             self._add(path, _layer_macs(module, kind, _first_tensor(args, kwargs), output))
         if not path and output is not None:
@@ -111,7 +119,7 @@ def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | Non
 
 
 def _layer_macs(module: nn.Module, kind: LayerKind, x: Tensor | None, output: Tensor) -> int:
-    weight = module._parameters.get("weight")
+    weight = weight_of(module)
     if weight is None or x is None or kind.operation in ("embedding", "norm"):
         return 0
     if kind.operation == "conv_transposed":  # every input value meets every weight of its channel

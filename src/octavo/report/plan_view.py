@@ -144,7 +144,9 @@ def scheme_text(decision: Decision) -> str:
 def _sections(plan: Plan) -> list[_Section]:
     groups: dict[tuple[str, str, str], list[Decision]] = {}
     for decision in plan.decisions:
-        groups.setdefault((scheme_text(decision), decision.rule, decision.why), []).append(decision)
+        is_nothing = not (decision.num_parameters or decision.site.macs or decision.site.tied_to)
+        if decision.is_quantized or not is_nothing:
+            groups.setdefault((scheme_text(decision), decision.rule, decision.why), []).append(decision)
     ordered = sorted(groups.values(), key=lambda members: not members[0].is_quantized)
     return [_Section(members[0], tuple(_rows(plan, members))) for members in ordered]
 

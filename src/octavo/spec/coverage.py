@@ -102,8 +102,11 @@ def _shares(decision: Decision, owners: Mapping[str, str]) -> Iterator[tuple[Sta
     A site that is tied to a quantized one computes with the same rounded weight.
     """
     site = decision.site
+    total = sum(site.parameters.values())
     weight = site.parameters.get(site.weight_name, 0)
-    rest = sum(site.parameters.values()) - weight
+    if not weight and site.weight_name and not site.tied_to:  # computed of what is stored
+        weight = min(site.num_weights, total)
+    rest = total - weight
     if site.tied_to:
         follows = (State.QUANTIZED, owners[site.tied_to]) if site.tied_to in owners and site.slots else _fate(decision)
         yield *follows, _Share(0, site.macs or 0)

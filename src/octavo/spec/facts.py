@@ -54,8 +54,8 @@ class SiteFacts:
 
     Args:
         name: Stable dotted name: the module's path; ``path#operation`` with a number for further sites in one module.
-        operation: ``linear``, ``conv``, ``conv_transposed``, ``embedding``, ``attention``, ``matmul`` (a product of two
-            activations), ``norm``, ``other``.
+        operation: ``linear``, ``conv``, ``conv_transposed``, ``embedding``, ``recurrent``, ``attention``, ``matmul`` (a
+            product of two activations), ``norm``, ``activation``, ``other``.
         type_name: Class name of the module (what ``type:`` patterns match); ``base_types`` its base classes' names.
         slots: Slots that a rule may give a quantizer.
         weight_shape: ``(out_features, in_features)`` view of the weight, empty without one.
