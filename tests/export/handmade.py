@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -89,6 +91,28 @@ def add_layer(
             )
         )
     made.decisions.append(Decision(_site(name, operation, tuple(seen.shape), key), scheme))
+
+
+def add_extras(made: Handmade, **extras: object) -> None:
+    """``pre_scale``, ``input_rotation`` or ``low_rank`` for the layer that was added last."""
+    made.members[-1] = dataclasses.replace(made.members[-1], **extras)  # type: ignore[arg-type]
+
+
+def some_extras(rows: int, columns: int) -> dict[str, object]:
+    """A vector for the input and a branch of rank 2, of powers of two."""
+    vector = 2.0 ** (torch.arange(columns) % 5 - 2)
+    return {"pre_scale": vector, "low_rank": (matrix(2, columns), matrix(rows, 2))}
+
+
+def expected_extras(snapshot: Snapshot) -> Iterator[tuple[str, np.ndarray]]:
+    """What ``compare_weights`` takes."""
+    for layer in snapshot.layers():
+        if layer.pre_scale is not None:
+            yield f"{layer.name}.pre_scale", layer.pre_scale.numpy()
+        if layer.input_rotation:
+            yield f"{layer.name}.input_rotation", np.asarray(layer.input_rotation)
+        for part, factor in zip("ab", layer.low_rank or (), strict=False):
+            yield f"{layer.name}.low_rank.{part}", factor.numpy()
 
 
 def add_attention(made: Handmade, name: str, **formats: Format) -> None:

@@ -11,7 +11,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from export.handmade import Handmade, activation, activation_scales, add_attention, add_layer, matrix, small_fp8
+from export.handmade import (
+    Handmade,
+    activation_scales,
+    add_attention,
+    add_extras,
+    add_layer,
+    expected_extras,
+    matrix,
+    small_fp8,
+    some_extras,
+)
 from octavo.errors import UserError
 from octavo.export.base import EXPORTERS, exporter
 from octavo.export.views import dequantized_weights
@@ -365,12 +375,67 @@ def test_a_static_quantizer_without_data_stops_the_export(tmp_path: Path) -> Non
         write(made, tmp_path / "out")
 
 
-def test_a_pre_scale_is_never_dropped_in_silence(tmp_path: Path) -> None:
+EXTRAS: dict[str, tuple[Any, ...]] = {
+    "int4-awq": ("int4-group128", None, ("pre_scale",), "W4A16_AWQ"),
+    "w4a8-awq": ("int4-group128", "e4m3-tensor", ("pre_scale",), "W4A8_AWQ"),
+    "int8-smoothquant": ("int8-channel", "int8-tensor", ("pre_scale",), "W8A8_SQ_PER_CHANNEL"),
+    "nvfp4-awq": ("nvfp4", "nvfp4", ("pre_scale",), "NVFP4_AWQ"),
+    "nvfp4-svdquant": ("nvfp4", "nvfp4", ("pre_scale", "low_rank"), "NVFP4_SVD"),
+    "nvfp4-svdquant, folded": ("nvfp4", "nvfp4", ("low_rank",), "NVFP4_SVD"),
+}
+
+
+@pytest.mark.parametrize("case", EXTRAS)
+def test_what_algorithms_leave_beside_a_layer(case: str, tmp_path: Path) -> None:
+    weight, inputs, parts, label = EXTRAS[case]
+    made = Handmade()
+    add_layer(made, "up", (4, 128), weight, inputs)
+    extras = {part: value for part, value in some_extras(4, 128).items() if part in parts}
+    add_extras(made, **extras)
+    out = write(made, tmp_path / "out")
+    found, section = load_file(out / "model.safetensors"), quantization(out)
+    assert section["quant_algo"] == label
+    assert section.get("pre_quant_scale") == (None if label.startswith("W8") else True)
+    multiplied = 1 / extras["pre_scale"] if "pre_scale" in parts else torch.ones(128)
+    assert torch.equal(found["up.pre_quant_scale"], multiplied)
+    if "low_rank" in parts:
+        assert section["lora_rank"] == 2
+        assert torch.equal(found["up.svdquant_lora_a"], extras["low_rank"][0])
+        assert torch.equal(found["up.svdquant_lora_b"], extras["low_rank"][1])
+    expected = [(name, value.numpy()) for name, value in dequantized_weights(made)]
+    found_all = compare_weights(out, expected, tensors=(), extras=expected_extras(made))
+    assert found_all.agrees, found_all
+    assert found_all.num_tensors == {"pre_scale": 1, "low_rank": 2}[parts[0]] + 2 * (len(parts) - 1)
+    narrow = write(made, tmp_path / "narrow", dtype=torch.bfloat16)
+    assert load_file(narrow / "model.safetensors")["up.pre_quant_scale"].dtype == torch.bfloat16
+    assert compare_weights(narrow, expected, extras=expected_extras(made)).agrees
+    made.members[-1] = dataclasses.replace(made.members[-1], pre_scale=torch.full((128,), 3.0))
+    differs = compare_weights(out, expected, extras=expected_extras(made))
+    assert "up.pre_scale" in {*differs.missing, *(difference.name for difference in differs.differences)} or not parts
+
+
+def test_extras_without_a_place_are_never_dropped_in_silence(tmp_path: Path) -> None:
+    extras = some_extras(4, 128)
+    for fmt, inputs, left, message in (
+        ("e4m3-tensor", "e4m3-tensor", {"pre_scale": extras["pre_scale"]}, "no pre_quant_scale under FP8"),
+        ("nvfp4", None, {"pre_scale": extras["pre_scale"]}, "no pre_quant_scale under W4A16_NVFP4"),
+        (
+            "int4-group128",
+            None,
+            {"low_rank": extras["low_rank"]},
+            "low-rank branch beside NVFP4 weights and inputs only",
+        ),
+        ("nvfp4", "nvfp4", {"input_rotation": 16}, "no place for the rotation of its input, in blocks of 16"),
+    ):
+        made = Handmade()
+        add_layer(made, "up", (4, 128), fmt, inputs)
+        add_extras(made, **left)
+        with pytest.raises(UserError, match=message):
+            write(made, tmp_path / "out")
     made = small_fp8()
-    made.members.append(
-        LayerSnapshot("smooth", "linear", activations={Slot.QUERY: activation("e4m3-tensor")}, pre_scale=matrix(4))
-    )
-    with pytest.raises(UserError, match="'smooth': its pre_quant_scale is not written by this version"):
+    add_attention(made, "smooth", query="e4m3-tensor")
+    add_extras(made, pre_scale=matrix(4))
+    with pytest.raises(UserError, match="'smooth': the layout scales the inputs of quantized weights only"):
         write(made, tmp_path / "out")
 
 

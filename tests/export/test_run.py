@@ -12,7 +12,18 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from export.handmade import Handmade, activation, activation_scales, add_attention, add_layer, matrix, small_fp8
+from export.handmade import (
+    Handmade,
+    activation,
+    activation_scales,
+    add_attention,
+    add_extras,
+    add_layer,
+    expected_extras,
+    matrix,
+    small_fp8,
+    some_extras,
+)
 from octavo.errors import UserError
 from octavo.export.checkpoint import tensor_bytes
 from octavo.export.run import check_run_target, is_run, write_record, write_run
@@ -20,6 +31,7 @@ from octavo.export.run_files import read_run
 from octavo.export.shards import ShardWriter
 from octavo.export.views import dequantized_weights
 from octavo.numerics.snapshot import LayerSnapshot
+from octavo.readers.compare import compare_weights
 from octavo.spec.element import E2M3, E8M0, INT8, NF4
 from octavo.spec.facts import Slot
 from octavo.spec.formats import FORMATS, NVFP4
@@ -61,8 +73,8 @@ def same(first: object, second: object) -> bool:
     if dataclasses.is_dataclass(first):
         names = [field.name for field in dataclasses.fields(first)]
         return type(first) is type(second) and all(same(getattr(first, n), getattr(second, n)) for n in names)
-    if isinstance(first, list):
-        return isinstance(second, list) and len(first) == len(second) and all(map(same, first, second))
+    if isinstance(first, list | tuple):
+        return type(first) is type(second) and len(first) == len(second) and all(map(same, first, second))
     if isinstance(first, dict):
         return (
             isinstance(second, dict) and list(first) == list(second) and all(same(first[k], second[k]) for k in first)
@@ -102,6 +114,25 @@ def test_everything_of_a_model_comes_back(tmp_path: Path) -> None:
     assert all(
         torch.equal(a[1], b[1]) for a, b in zip(dequantized_weights(found), dequantized_weights(made), strict=True)
     )
+
+
+def test_what_algorithms_leave_beside_a_layer_comes_back(tmp_path: Path) -> None:
+    made = Handmade()
+    add_layer(made, "up", (4, 128), "nvfp4", "nvfp4")
+    add_extras(made, **some_extras(4, 128))
+    add_layer(made, "turned", (4, 128), "mxfp4", "mxfp4", is_dynamic=True)
+    add_extras(made, input_rotation=32)
+    save(made, tmp_path / "run")
+    found = read_run(tmp_path / "run")
+    assert same(list(found.layers()), made.members)
+    assert list(found.passthrough()) == []
+    weights = [(name, value.numpy()) for name, value in dequantized_weights(made)]
+    agreed = compare_weights(tmp_path / "run", weights, tensors=(), extras=expected_extras(made))
+    assert agreed.agrees, agreed
+    assert agreed.num_tensors == 4
+    made.members[1] = dataclasses.replace(made.members[1], input_rotation=16)
+    (difference,) = compare_weights(tmp_path / "run", weights, extras=expected_extras(made)).differences
+    assert difference.text == "at [] the files hold 32, the simulation 16"
 
 
 def test_a_run_that_was_read_can_be_written_again(tmp_path: Path) -> None:

@@ -44,6 +44,8 @@ class LayerLayout:
     weight: WeightLayout | None
     activations: Mapping[Slot, ActivationLayout]
     has_pre_scale: bool
+    input_rotation: int
+    has_low_rank: bool
     fusion_group: str
 
 
@@ -54,8 +56,16 @@ def layer_layout(layer: LayerSnapshot) -> LayerLayout:
         shape, parameter_shape = tuple(layer.weight.shape), tuple(layer.weight_shape)
         weight = WeightLayout(layer.weight_name, layer.weight.format, shape, parameter_shape, layer.is_transposed)
     activations = {slot: _activation_layout(activation) for slot, activation in layer.activations.items()}
-    has_pre_scale = layer.pre_scale is not None
-    return LayerLayout(layer.name, layer.operation, weight, activations, has_pre_scale, layer.fusion_group)
+    return LayerLayout(
+        layer.name,
+        layer.operation,
+        weight,
+        activations,
+        has_pre_scale=layer.pre_scale is not None,
+        input_rotation=layer.input_rotation,
+        has_low_rank=layer.low_rank is not None,
+        fusion_group=layer.fusion_group,
+    )
 
 
 def layer_to_dict(layer: LayerLayout) -> dict[str, Any]:
@@ -66,6 +76,8 @@ def layer_to_dict(layer: LayerLayout) -> dict[str, Any]:
         "weight": None if layer.weight is None else _weight_to_dict(layer.weight),
         "activations": {slot.value: _activation_to_dict(entry) for slot, entry in layer.activations.items()},
         "has_pre_scale": layer.has_pre_scale,
+        "input_rotation": layer.input_rotation,
+        "has_low_rank": layer.has_low_rank,
         "fusion_group": layer.fusion_group,
     }
 
@@ -82,7 +94,9 @@ def layer_from_dict(data: Mapping[str, Any]) -> LayerLayout:
             operation=data["operation"],
             weight=None if data["weight"] is None else _weight_from_dict(data["weight"]),
             activations={Slot(slot): _activation_from_dict(entry) for slot, entry in data["activations"].items()},
-            has_pre_scale=data["has_pre_scale"],
+            has_pre_scale=bool(data["has_pre_scale"]),
+            input_rotation=int(data["input_rotation"]),
+            has_low_rank=bool(data["has_low_rank"]),
             fusion_group=data["fusion_group"],
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:

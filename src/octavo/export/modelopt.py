@@ -25,7 +25,7 @@ from octavo.export.modelopt_labels import (
     label_of,
     layer_problem,
 )
-from octavo.export.modelopt_tensors import cache_tensors, layer_tensors, static_scale
+from octavo.export.modelopt_tensors import cache_tensors, extra_tensors, layer_tensors, static_scale
 from octavo.export.shards import ShardWriter
 from octavo.numerics.snapshot import LayerSnapshot, Snapshot
 from octavo.spec.facts import Slot
@@ -98,6 +98,8 @@ def _write_tensors(
                 labels[_module_of(layer)] = label
                 for name, tensor in layer_tensors(layer, label):
                     writer.add(name, tensor)
+                for name, tensor in extra_tensors(layer, label):
+                    writer.add(name, tensor if float_dtype is None else tensor.to(float_dtype))
             for name, tensor in cache_tensors(layer):
                 writer.add(name, tensor)
             for slot in ATTENTION_SLOTS:
@@ -116,8 +118,8 @@ def _checked_label(layer: LayerSnapshot) -> Label | None:
     """The label; ``problems`` refused everything else before calibration, unless nobody asked it."""
     formats = from_layer(layer)
     problem = layer_problem(formats)
-    if layer.pre_scale is not None:
-        problem = "its pre_quant_scale is not written by this version"
+    if problem is None and layer.weight is None and (layer.pre_scale is not None or layer.input_rotation):
+        problem = "the layout scales the inputs of quantized weights only"
     if problem:
         raise UserError(f"layout 'modelopt' cannot hold {_problem_text(layer.name, problem)}")
     return label_of(formats)

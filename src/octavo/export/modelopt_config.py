@@ -9,7 +9,7 @@ from octavo.export.modelopt_labels import Label
 from octavo.spec.version import VERSION
 
 LAYOUT_VERSION = "0.47.0"
-_WITH_ZERO_POINT_KEY = ("W4A16_AWQ", "W4A8_AWQ")
+_WITH_PRE_SCALE_KEY = ("W4A16_AWQ", "W4A8_AWQ", "NVFP4_AWQ", "NVFP4_SVD")
 Bits = tuple[str, int]
 _INT8, _INT4, _FP8, _FP4 = ("int", 8), ("int", 4), ("float", 8), ("float", 4)
 _BITS: dict[str, tuple[Bits, Bits | None]] = {  # of weights, and of inputs where they are rounded
@@ -20,7 +20,7 @@ _BITS: dict[str, tuple[Bits, Bits | None]] = {  # of weights, and of inputs wher
     "W8A16": (_INT8, None),
     "W4A16_AWQ": (_INT4, None),
     "W4A8_AWQ": (_INT4, _FP8),
-    "NVFP4": (_FP4, _FP4),
+    **dict.fromkeys(("NVFP4", "NVFP4_AWQ", "NVFP4_SVD"), (_FP4, _FP4)),
     "W4A16_NVFP4": (_FP4, None),
     "W4A8_NVFP4_FP8": (_FP4, _FP8),
     "MXFP4": (_FP4, _FP4),
@@ -28,7 +28,7 @@ _BITS: dict[str, tuple[Bits, Bits | None]] = {  # of weights, and of inputs wher
     "MXFP8": (_FP8, _FP8),
 }
 _DYNAMIC_INPUTS = ("FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "MXFP4", "MXFP8")
-_INPUTS_IN_GROUPS = ("NVFP4", "MXFP4", "MXFP8")
+_INPUTS_IN_GROUPS = ("NVFP4", "NVFP4_AWQ", "NVFP4_SVD", "MXFP4", "MXFP8")
 
 
 def producer() -> dict[str, str]:
@@ -74,8 +74,10 @@ def _algorithm(label: Label) -> dict[str, Any]:
     algorithm: dict[str, Any] = {"quant_algo": label.algorithm}
     if label.group_size is not None:
         algorithm["group_size"] = label.group_size
-    if label.algorithm in _WITH_ZERO_POINT_KEY:
-        algorithm |= {"has_zero_point": False, "pre_quant_scale": False}
+    if label.algorithm in _WITH_PRE_SCALE_KEY:
+        algorithm |= {"has_zero_point": False, "pre_quant_scale": label.has_pre_scale}
+    if label.rank:
+        algorithm["lora_rank"] = label.rank
     return algorithm
 
 

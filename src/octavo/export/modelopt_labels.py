@@ -13,6 +13,7 @@ from octavo.export.modelopt_rows import (
     BLOCK_LABELS,
     FP4_LABELS,
     INT4_LABELS,
+    PRE_SCALE_LABELS,
     Rounded,
     find_row,
     is_cache_fp8,
@@ -32,12 +33,28 @@ QUANTIZABLE = ("linear", "conv", "conv_transposed", "embedding")
 class Label:
     """What a layer is called in ``hf_quant_config.json``.
 
-    ``group_size`` only where scales run over groups, ``has_inputs`` where an engine rounds them.
+    Args:
+        algorithm: ``quant_algo``.
+        group_size: Only where scales run over groups.
+        has_inputs: An engine rounds the inputs.
+        has_pre_scale: The input is multiplied by a vector first.
+        rank: Of a low-rank branch, 0 without one.
     """
 
     algorithm: str
     group_size: int | None = None
     has_inputs: bool = False
+    has_pre_scale: bool = False
+    rank: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Extras:
+    """What algorithms left beside a layer; a plan knows none of it."""
+
+    has_pre_scale: bool = False
+    rotation: int = 0
+    rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +65,7 @@ class LayerFormats:
     operation: str
     weight_shape: tuple[int, ...]
     quantizers: Mapping[Slot, Rounded]
+    extras: Extras = Extras()
 
 
 def from_decision(decision: Decision) -> LayerFormats:
@@ -62,7 +80,9 @@ def from_layer(layer: LayerSnapshot) -> LayerFormats:
     if layer.weight is None:
         return LayerFormats(layer.name, layer.operation, (), quantizers)
     quantizers[Slot.WEIGHT] = Rounded(layer.weight.format)
-    return LayerFormats(layer.name, layer.operation, layer.weight.shape, quantizers)
+    rank = 0 if layer.low_rank is None else layer.low_rank[0].shape[0]
+    extras = Extras(layer.pre_scale is not None, layer.input_rotation, rank)
+    return LayerFormats(layer.name, layer.operation, layer.weight.shape, quantizers, extras)
 
 
 def label_of(layer: LayerFormats) -> Label | None:
@@ -71,7 +91,13 @@ def label_of(layer: LayerFormats) -> Label | None:
     if weight is None:
         return None
     row = find_row(weight.format, inputs, has_input=layer.operation != "embedding")
-    return None if row is None else Label(row.algorithm, _group_size(weight.format), inputs is not None)
+    if row is None:
+        return None
+    algorithm, extras = row.algorithm, layer.extras
+    if algorithm == "NVFP4" and (extras.rank or extras.has_pre_scale):
+        algorithm = "NVFP4_SVD" if extras.rank else "NVFP4_AWQ"
+    has_pre_scale = extras.has_pre_scale or algorithm == "NVFP4_SVD"
+    return Label(algorithm, _group_size(weight.format), inputs is not None, has_pre_scale, extras.rank)
 
 
 def layer_problem(layer: LayerFormats) -> str | None:
@@ -87,7 +113,7 @@ def layer_problem(layer: LayerFormats) -> str | None:
     label = label_of(layer)
     if label is None:
         return f"the layout has no label for {_describe(layer)}{_hint(layer)}"
-    return _shape_problem(layer, label)
+    return _extras_problem(layer, label) or _shape_problem(layer, label)
 
 
 def cache_algorithm(layers: Iterable[LayerFormats]) -> str | None:
@@ -117,6 +143,19 @@ def cache_problem(layers: Iterable[tuple[LayerFormats, tuple[Slot, ...]]]) -> st
     if formats and left:
         name = next(iter(formats.values()))
         return f"layer {name!r}: engines quantize all caches or none, and {left!r} stays as it is"
+    return None
+
+
+def _extras_problem(layer: LayerFormats, label: Label) -> str | None:
+    extras = layer.extras
+    if extras.rotation:
+        return f"the layout has no place for the rotation of its input, in blocks of {extras.rotation}"
+    if extras.rank and label.algorithm != "NVFP4_SVD":
+        return f"the layout has a low-rank branch beside NVFP4 weights and inputs only, not under {label.algorithm}"
+    if extras.has_pre_scale and label.algorithm not in PRE_SCALE_LABELS:
+        return f"the layout has no pre_quant_scale under {label.algorithm}, and its input's scale could not be folded"
+    if extras.has_pre_scale and layer.operation != "linear":
+        return f"the layout has a pre_quant_scale for linear layers only, and this is a {layer.operation} layer"
     return None
 
 

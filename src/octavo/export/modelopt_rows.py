@@ -138,8 +138,10 @@ ROWS: tuple[Row, ...] = (
     Row("MXFP8", lambda fmt: _is_mx(fmt, E4M3), _dynamic_mx(E4M3)),
 )
 INT4_LABELS = ("W4A16_AWQ", "W4A8_AWQ")
-FP4_LABELS = ("NVFP4", "W4A16_NVFP4", "W4A8_NVFP4_FP8", "MXFP4", "W4A8_MXFP4_FP8")
+FP4_LABELS = ("NVFP4", "NVFP4_AWQ", "NVFP4_SVD", "W4A16_NVFP4", "W4A8_NVFP4_FP8", "MXFP4", "W4A8_MXFP4_FP8")
 BLOCK_LABELS = (*INT4_LABELS, *FP4_LABELS, "MXFP8", "FP8_PB_WO")
+PRE_SCALE_LABELS = (*INT4_LABELS, "W8A8_SQ_PER_CHANNEL", "NVFP4_AWQ", "NVFP4_SVD")
+"""Labels with a vector that the input is multiplied by; ``NVFP4`` becomes one of the last two with extras beside it."""
 _ALIKE_WITHOUT_INPUTS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN")
 """An embedding looks rows up: it has no input to quantize, and takes these labels all the same."""
 

@@ -32,6 +32,18 @@ def layer_tensors(layer: LayerSnapshot, label: Label) -> Iterator[tuple[str, Ten
         yield layer.weight_name.removesuffix("weight") + "input_scale", static_scale(layer, Slot.INPUT)
 
 
+def extra_tensors(layer: LayerSnapshot, label: Label) -> Iterator[tuple[str, Tensor]]:
+    """What multiplies the layer's input, and its low-rank branch."""
+    stem = layer.weight_name.removesuffix("weight")
+    if label.has_pre_scale:
+        assert layer.weight is not None
+        ones = torch.ones(layer.weight.shape[-1])
+        yield f"{stem}pre_quant_scale", ones if layer.pre_scale is None else layer.pre_scale.float().reciprocal()
+    if layer.low_rank is not None:
+        for name, factor in zip("ab", layer.low_rank, strict=True):
+            yield f"{stem}svdquant_lora_{name}", factor
+
+
 def cache_tensors(layer: LayerSnapshot) -> Iterator[tuple[str, Tensor]]:
     """Scales of an attention's cache: amax / 448, be the cache in E4M3 or in NVFP4."""
     for slot in CACHE_SLOTS:

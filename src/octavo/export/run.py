@@ -25,6 +25,7 @@ from octavo.spec.plan import Plan
 from octavo.spec.records import RunRecord
 
 STEM = "quantized"
+LOW_RANK_PARTS = ("low_rank.a", "low_rank.b")
 
 
 def write_run(
@@ -119,4 +120,6 @@ def _write_layer(layer: LayerSnapshot, writer: ShardWriter) -> dict[str, Any]:
                 writer.add(f"{layer.name}.{QUANTIZER_NAMES[slot]}.{part}", value)
     if layer.pre_scale is not None:
         writer.add(f"{layer.name}.pre_scale", layer.pre_scale)
+    for part, factor in zip(LOW_RANK_PARTS, layer.low_rank or (), strict=False):
+        writer.add(f"{layer.name}.{part}", factor)
     return layer_to_dict(layer_layout(layer))

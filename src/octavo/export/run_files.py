@@ -6,7 +6,7 @@ import json
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -16,7 +16,7 @@ from octavo.errors import UserError
 from octavo.export.companions import read_json
 from octavo.export.layout import LAYOUT_SCHEMA, ActivationLayout, LayerLayout, layer_from_dict
 from octavo.export.qtensor_files import qtensor_names, read_qtensor
-from octavo.export.run import STEM
+from octavo.export.run import LOW_RANK_PARTS, STEM
 from octavo.numerics.snapshot import ActivationScale, LayerSnapshot
 from octavo.spec.facts import QUANTIZER_NAMES, Slot
 from octavo.spec.plan import Plan
@@ -83,24 +83,24 @@ class RunFiles:
             for slot, layout in entry.activations.items()
         }
         pre_scale = self.tensor(f"{entry.name}.pre_scale") if entry.has_pre_scale else None
-        if weight is None:
-            return LayerSnapshot(
-                entry.name,
-                entry.operation,
-                activations=activations,
-                pre_scale=pre_scale,
-                fusion_group=entry.fusion_group,
-            )
-        return LayerSnapshot(
+        a, b = (self.tensor(f"{entry.name}.{part}") if entry.has_low_rank else None for part in LOW_RANK_PARTS)
+        layer = LayerSnapshot(
             entry.name,
             entry.operation,
+            activations=activations,
+            pre_scale=pre_scale,
+            input_rotation=entry.input_rotation,
+            low_rank=(a, b) if a is not None and b is not None else None,
+            fusion_group=entry.fusion_group,
+        )
+        if weight is None:
+            return layer
+        return replace(
+            layer,
             weight_name=weight.key,
             weight=read_qtensor(weight.key, weight.format, weight.shape, self.tensor),
             weight_shape=weight.parameter_shape,
             is_transposed=weight.is_transposed,
-            activations=activations,
-            pre_scale=pre_scale,
-            fusion_group=entry.fusion_group,
         )
 
     def _activation(self, quantizer: str, layout: ActivationLayout) -> ActivationScale:
@@ -170,7 +170,7 @@ def _claimed_names(entry: LayerLayout) -> Iterator[str]:
         yield from qtensor_names(entry.weight.key, entry.weight.format)
     for slot in entry.activations:
         yield from _activation_names(entry.name, slot)
-    yield f"{entry.name}.pre_scale"
+    yield from (f"{entry.name}.{part}" for part in ("pre_scale", *LOW_RANK_PARTS))
 
 
 def _activation_names(site: str, slot: Slot) -> Iterator[str]:

@@ -65,6 +65,21 @@ class ActivationEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class ExtraEntry:
+    """What is done to a layer's input, or added to its output: ``pre_scale``, ``low_rank.a``, ``low_rank.b``.
+
+    Args:
+        name: ``<site>.<part>``.
+        stored: The tensor in the files.
+        is_reciprocal: A ``pre_scale`` divides; the files hold what multiplies.
+    """
+
+    name: str
+    stored: StoredTensor
+    is_reciprocal: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A checkpoint, listed.
 
@@ -76,6 +91,8 @@ class Checkpoint:
         activations: Activation quantizers by full name.
         missing_input_scales: Weights whose format promises a calibrated input, without one.
         facts: What the files say of themselves: producer, label, recipe.
+        extras: By name: vectors that layers' inputs are divided by, and low-rank branches.
+        rotations: Site -> size of the blocks in which its input is rotated.
     """
 
     path: Path
@@ -85,3 +102,5 @@ class Checkpoint:
     activations: Mapping[str, ActivationEntry] = field(default_factory=dict)
     missing_input_scales: tuple[str, ...] = ()
     facts: Mapping[str, str] = field(default_factory=dict)
+    extras: Mapping[str, ExtraEntry] = field(default_factory=dict)
+    rotations: Mapping[str, int] = field(default_factory=dict)

@@ -70,7 +70,12 @@ class _Tally:
 
 
 def compare_weights(
-    path: Path, weights: Named, *, tensors: Named | None = None, activations: Mapping[str, float] | None = None
+    path: Path,
+    weights: Named,
+    *,
+    tensors: Named | None = None,
+    activations: Mapping[str, float] | None = None,
+    extras: Named | None = None,
 ) -> Comparison:
     """Read the checkpoint ``path`` with the independent reader and compare it with the simulation, bit by bit.
 
@@ -80,6 +85,9 @@ def compare_weights(
             computed in fp32 and rounded to the dtype given here.
         tensors: State-dict entries that stay as they are, rounded to the stored dtype first; ``None``: not compared.
         activations: Full quantizer name -> scale of every static quantizer; ``None``: not compared.
+        extras: ``<site>.<part>`` and value of what layers divide their inputs by, of low-rank branches, and the size of
+            blocks that inputs are rotated in (``pre_scale``, ``low_rank.a``, ``low_rank.b``, ``input_rotation``),
+            rounded to the stored dtype first; ``None``: not compared.
 
     Raises:
         UserError: no checkpoint there, or its files do not fit together.
@@ -88,6 +96,7 @@ def compare_weights(
     tally = _Tally()
     num_weights = _compare_all(_weight_pairs(checkpoint, weights, tally), tally)
     num_tensors = 0 if tensors is None else _compare_all(_tensor_pairs(checkpoint, tensors, tally), tally)
+    num_tensors += 0 if extras is None else _compare_all(_extra_pairs(checkpoint, extras, tally), tally)
     num_activations = 0
     if activations is not None:
         num_activations = _compare_all(_scale_pairs(checkpoint, activations, tally), tally)
@@ -129,6 +138,24 @@ def _tensor_pairs(checkpoint: Checkpoint, expected: Named, tally: _Tally) -> Ite
             tally.narrowed.append(name)
         yield name, found, value.astype(found.dtype)
     tally.extra += [name for name in checkpoint.tensors if name not in seen]
+
+
+def _extra_pairs(checkpoint: Checkpoint, expected: Named, tally: _Tally) -> Iterator[Pair]:
+    found = {name: entry.stored.read() for name, entry in checkpoint.extras.items()}
+    found |= {f"{site}.input_rotation": np.asarray(size) for site, size in checkpoint.rotations.items()}
+    seen = set()
+    for name, value in expected:
+        seen.add(name)
+        if name not in found:
+            tally.missing.append(name)
+            continue
+        if found[name].dtype.itemsize < value.dtype.itemsize:
+            tally.narrowed.append(name)
+        entry = checkpoint.extras.get(name)
+        meant = np.reciprocal(value) if entry is not None and entry.is_reciprocal else value
+        yield name, found[name], meant.astype(found[name].dtype)
+    neutral = {name for name in found if name.endswith(".pre_scale") and bool(np.all(found[name] == 1))}
+    tally.extra += [name for name in found if name not in seen and name not in neutral]
 
 
 def _scale_pairs(checkpoint: Checkpoint, expected: Mapping[str, float], tally: _Tally) -> Iterator[Pair]:

@@ -18,7 +18,7 @@ INSPECTION_SCHEMA = "octavo.inspection/1"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One entry: ``kind`` is ``weight``, ``activation`` or ``tensor`` (stored as it was)."""
+    """One entry: ``kind`` is ``weight``, ``activation``, ``extra`` or ``tensor`` (stored as it was)."""
 
     name: str
     kind: str
@@ -89,6 +89,9 @@ def _rows(checkpoint: Checkpoint) -> Iterator[Row]:
         size = sum(part.num_bytes for part in (entry.scale, entry.zero_point) if part is not None)
         kind = f"{entry.format}{', dynamic' if entry.is_dynamic else ''}"
         yield Row(entry.name, "activation", kind, scale.dtype if scale else "", scale.shape if scale else (), 0, size)
+    for name, extra in checkpoint.extras.items():
+        stored, part = extra.stored, name.rpartition(".low_rank.")[1].strip(".") or name.rpartition(".")[2]
+        yield Row(name, "extra", part, stored.dtype, stored.shape, math.prod(stored.shape), stored.num_bytes)
     for tensor in checkpoint.tensors.values():
         values = math.prod(tensor.shape)
         yield Row(tensor.name, "tensor", tensor.dtype, tensor.dtype, tensor.shape, values, tensor.num_bytes)
@@ -110,6 +113,10 @@ def _concerns(checkpoint: Checkpoint) -> Iterator[Concern]:
     for entry in checkpoint.activations.values():
         if entry.scale is not None:
             yield from suspicious_scale(entry.scale.name, entry.scale.read().astype(np.float32))
+    for name, extra in checkpoint.extras.items():
+        if name.endswith(".pre_scale"):
+            found = suspicious_scale(extra.stored.name, extra.stored.read().astype(np.float32))
+            yield from (concern for concern in found if concern.issue != "default")  # 1 leaves a channel as it is
     for name in checkpoint.missing_input_scales:
         text = "the format promises a calibrated input and there is no input scale (an embedding needs none)"
         yield Concern(name, "missing-input-scale", text)

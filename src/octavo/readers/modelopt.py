@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from octavo.errors import UserError
-from octavo.readers.checkpoint import ActivationEntry, Checkpoint, WeightEntry
+from octavo.readers.checkpoint import ActivationEntry, Checkpoint, ExtraEntry, WeightEntry
 from octavo.readers.modelopt_weights import weight_entry
 from octavo.readers.tensor_files import StoredTensor, open_tensors, read_header, read_object
 
@@ -25,7 +25,7 @@ _WITH_INPUT_SCALE = {
     "FP8": _E4M3, "W4A8_AWQ": _E4M3, "W4A8_NVFP4_FP8": _E4M3, "W4A8_MXFP4_FP8": _E4M3,
     "W8A8_SQ_PER_CHANNEL": _INT8, "NVFP4": _NVFP4, "NVFP4_AWQ": _NVFP4, "NVFP4_SVD": _NVFP4,
 }  # fmt: skip
-_PARTS = ("weight_scale_2", "pre_quant_scale")
+_EXTRAS = {"pre_quant_scale": "pre_scale", "svdquant_lora_a": "low_rank.a", "svdquant_lora_b": "low_rank.b"}
 _CACHE = {".k_proj.k_scale": "k_cache_quantizer", ".v_proj.v_scale": "v_cache_quantizer"}
 _CACHE_FORMATS = {"FP8": (_E4M3, 1.0), "NVFP4": (_NVFP4, 6.0)}  # and what its scale is multiplied by in the file
 
@@ -45,6 +45,8 @@ def read(path: Path) -> Checkpoint:
     attention = {entry.name: entry for entry in _attention_scales(path / "octavo_activations.safetensors")}
     claimed = {scale.name for weight in weights.values() for scale in weight.scales.values()}
     claimed |= {entry.scale.name for entry in inputs.values() if entry.scale} | set(weights)
+    extras = {entry.name: entry for name in weights for entry in _extras(name, tensors)}
+    claimed |= {entry.stored.name for entry in extras.values()}
     missing = tuple(
         name
         for name in weights
@@ -58,6 +60,7 @@ def read(path: Path) -> Checkpoint:
         {**inputs, **attention},
         missing,
         {"producer": producer, "algorithm": str(quantization.get("quant_algo"))},
+        extras,
     )
 
 
@@ -94,9 +97,18 @@ def _is_quantized(name: str, tensors: Tensors) -> bool:
 
 def _weight(codes: StoredTensor, tensors: Tensors, quantization: Mapping[str, Any]) -> WeightEntry:
     scales = {"weight_scale": tensors[f"{codes.name}_scale"]}
-    stem = codes.name.removesuffix("weight")
-    scales |= {part: tensors[stem + part] for part in _PARTS if stem + part in tensors}
+    second = f"{codes.name}_scale_2"
+    scales |= {"weight_scale_2": tensors[second]} if second in tensors else {}
     return weight_entry(codes, scales, _label(codes.name, quantization))
+
+
+def _extras(weight: str, tensors: Tensors) -> Iterator[ExtraEntry]:
+    """What lies beside a weight and belongs to its input or output; ``pre_quant_scale`` multiplies."""
+    stem = weight.removesuffix("weight")
+    for stored, part in _EXTRAS.items():
+        if stem + stored in tensors:
+            site = stem.rstrip("._") or "(model)"
+            yield ExtraEntry(f"{site}.{part}", tensors[stem + stored], is_reciprocal=stored == "pre_quant_scale")
 
 
 def _input_scale_name(weight: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from octavo.errors import UserError
-from octavo.readers.checkpoint import ActivationEntry, Checkpoint, WeightEntry
+from octavo.readers.checkpoint import ActivationEntry, Checkpoint, ExtraEntry, WeightEntry
 from octavo.readers.decoding import decode_element, element_name, scale_shape, spread_scale
 from octavo.readers.tensor_files import StoredTensor, open_tensors, read_object
 
@@ -21,6 +21,7 @@ _QUANTIZERS = {
     "key_cache": "k_cache_quantizer", "value_cache": "v_cache_quantizer", "left": "left_quantizer",
     "right": "right_quantizer",
 }  # fmt: skip
+_LOW_RANK = ("low_rank.a", "low_rank.b")
 
 Tensors = Mapping[str, StoredTensor]
 
@@ -40,6 +41,10 @@ def read(path: Path) -> Checkpoint:
             layer["weight"]["key"]: _weight(layer["weight"], tensors) for layer in layout["layers"] if layer["weight"]
         }
         activations = {entry.name: entry for layer in layout["layers"] for entry in _activations(layer, tensors)}
+        extras = {entry.name: entry for layer in layout["layers"] for entry in _extras(layer, tensors)}
+        rotations = {
+            layer["name"]: int(layer["input_rotation"]) for layer in layout["layers"] if layer["input_rotation"]
+        }
         claimed = _claimed(layout["layers"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, UserError):
@@ -49,7 +54,7 @@ def read(path: Path) -> Checkpoint:
         path,
         "run",
         weights,
-        {name: tensor for name, tensor in tensors.items() if not name.startswith(claimed)},
+        {name: tensor for name, tensor in tensors.items() if not name.startswith(claimed) and name not in extras},
         activations,
         tuple(
             entry.name.rpartition(".")[0]
@@ -57,6 +62,8 @@ def read(path: Path) -> Checkpoint:
             if entry.scale is None and not entry.is_dynamic and entry.name.endswith(".input_quantizer")
         ),
         _facts(path),
+        extras,
+        rotations,
     )
 
 
@@ -182,7 +189,14 @@ def _claimed(layers: list[Mapping[str, Any]]) -> tuple[str, ...]:
     """Beginnings of the names of tensors that belong to a quantizer."""
     weights = [f"{layer['weight']['key']}." for layer in layers if layer["weight"]]
     quantizers = [f"{layer['name']}.{_QUANTIZERS[slot]}." for layer in layers for slot in layer["activations"]]
-    return (*weights, *quantizers, *(f"{layer['name']}.pre_scale" for layer in layers if layer["has_pre_scale"]))
+    return (*weights, *quantizers)
+
+
+def _extras(layer: Mapping[str, Any], tensors: Tensors) -> Iterator[ExtraEntry]:
+    parts = (["pre_scale"] if layer["has_pre_scale"] else []) + (list(_LOW_RANK) if layer["has_low_rank"] else [])
+    for part in parts:
+        name = f"{layer['name']}.{part}"
+        yield ExtraEntry(name, _part(name, tensors))
 
 
 def _part(name: str, tensors: Tensors) -> StoredTensor:
