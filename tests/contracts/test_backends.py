@@ -28,6 +28,7 @@ from octavo.spec.tensor_format import (
     PerToken,
     TensorFormat,
     one_level,
+    scaled,
 )
 
 GRANULARITIES: list[Granularity] = [
@@ -141,6 +142,19 @@ def test_nan_stays_nan_and_inf_saturates(backend: Backend, element: str) -> None
             codes = backend.codes(x, fmt, scale, None)
             assert_same(codes, qtensor.quantize(x, one_level(fmt), scale=scale).codes, name)
             assert decode(codes, fmt.element).isnan().nonzero().tolist() == [[0, 0]], name
+
+
+@every_element
+@every_backend
+def test_errors_of_candidate_scales_are_summed_in_the_same_order(backend: Backend, element: str) -> None:
+    for _, fmt in itertools.islice(taken(backend, element, torch.ones(1)), 1):
+        for width in (1, 7, 16, 128, 300, 70_001):
+            rows = torch.randn(5, width, generator=torch.Generator().manual_seed(width))
+            scale = rows.abs().amax(1) / fmt.element.max * 0.9
+            found = backend.squared_error(rows, scale, fmt.element)
+            assert_same(found, scaling.squared_error(rows, scale, fmt.element), str(width))
+            exact = (qtensor.fake_quantize(rows, scaled(fmt.element, PerChannel(0)), scale=scale) - rows).double()
+            torch.testing.assert_close(found.double(), exact.square().sum(1), rtol=1e-5, atol=1e-12)
 
 
 @every_element

@@ -34,6 +34,7 @@ from octavo.spec.tensor_format import (
 
 _SEGMENT = 4096  # values of a row where a tensor has no rows of its own
 _LONGEST_BOOK = 16  # the search for the nearest entry is linear
+_LONGEST_SUM = 1 << 16  # as in ``rounding.cpp``
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -133,6 +134,16 @@ class CompiledBackend:
         is_signed = isinstance(fmt.element, IntFormat) and fmt.element.is_signed
         out = torch.empty(values.shape, dtype=torch.int8 if is_signed else torch.uint8)
         self._round("octavo_codes", (values, dtype, out), fmt, (scale, zero_point))
+        return out
+
+    def squared_error(self, rows_NS: Tensor, scale_N: Tensor, element: ElementFormat) -> Tensor:
+        """See ``Loops.squared_error``."""
+        rows_NS, scale_N = rows_NS.contiguous(), scale_N.float().contiguous()
+        (num_rows, width), out = rows_NS.shape, torch.empty_like(scale_N)
+        if width > _LONGEST_SUM:
+            return scaling.squared_error(rows_NS, scale_N, element)
+        pointers = rows_NS.data_ptr(), scale_N.data_ptr(), out.data_ptr()
+        _function("octavo_squared_error")(*pointers, num_rows, width, _element(element), _threads())
         return out
 
     def _round(
@@ -244,8 +255,11 @@ _SIGNATURES: dict[str, tuple[type[Any], ...]] = {
     "octavo_codes": (_INT, *[_POINTER] * 4, ctypes.POINTER(_Element), *_SHAPED),
     "octavo_amax": (_INT, *[_POINTER] * 2, *_SHAPED),
     "octavo_min_max": (_INT, *[_POINTER] * 3, *_SHAPED),
+    "octavo_squared_error": (
+        *[_POINTER] * 3, *[ctypes.c_int64] * 2, ctypes.POINTER(_Element), ctypes.POINTER(_Threads),
+    ),
     "octavo_pack": (*[_POINTER] * 2, *[ctypes.c_int64] * 2, _INT, ctypes.POINTER(_Threads)),
-}
+}  # fmt: skip
 
 
 @cache

@@ -75,6 +75,10 @@ class InPlaceBackend:
             part.copy_(_encoded(values, fmt.element, shift))
         return from_blocks(codes, fmt.granularity, tuple(x.shape))
 
+    def squared_error(self, rows_NS: Tensor, scale_N: Tensor, element: ElementFormat) -> Tensor:
+        """See ``Loops.squared_error``."""
+        return scaling.squared_error(rows_NS, scale_N, element)
+
 
 def _parts(pair: tuple[Tensor, Tensor], fmt: TensorFormat, scale: Tensor, zero_point: Tensor | None) -> Iterable[_Part]:
     """Pieces of a source, of a target and of what scales them, which broadcast; together they are all of both."""

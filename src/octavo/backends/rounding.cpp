@@ -303,6 +303,23 @@ void min_max_all(const In* x, float* low, float* high, const Blocks& blocks, con
     });
 }
 
+constexpr int64_t LONGEST_SUM = 1 << 16;
+
+// Squared errors of a row, added in the order of numerics: the second half to the first until one is left.
+template <class E>
+float squared_error(const float* x, int64_t width, float scale, const E element, float* errors) {
+    for (int64_t i = 0; i < width; ++i) {
+        const float error = element.round(x[i] / scale, 0) * scale - x[i];
+        errors[i] = error * error;
+    }
+    for (int64_t left = width; left > 1;) {
+        const int64_t half = left / 2, rest = left - half;
+        for (int64_t i = 0; i < half; ++i) errors[i] += errors[rest + i];
+        left = rest;
+    }
+    return errors[0];
+}
+
 // Little-endian bit streams, every row padded to whole bytes.
 template <int BITS>
 void pack_row(const uint8_t* codes, uint8_t* out, int64_t count) {
@@ -370,6 +387,19 @@ void octavo_min_max(int32_t dtype, const void* x, float* low, float* high, const
     } else {
         min_max_all(static_cast<const Brain*>(x), low, high, *blocks, *threads);
     }
+}
+
+// Rows of at most LONGEST_SUM values, each with its scale; no zero points.
+void octavo_squared_error(const float* x, const float* scale, float* out, int64_t rows, int64_t width,
+                          const Element* element, const Threads* threads) {
+    with_element(*element, false, [&](const auto e) {
+        for_rows(rows, width, *threads, [=](int64_t begin, int64_t end) {
+            alignas(64) static thread_local float errors[LONGEST_SUM];
+            for (int64_t r = begin; r < end; ++r) {
+                out[r] = squared_error(x + r * width, width, scale[r], e, errors);
+            }
+        });
+    });
 }
 
 void octavo_pack(const uint8_t* codes, uint8_t* out, int64_t rows, int64_t width, int32_t bits,

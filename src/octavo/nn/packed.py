@@ -11,7 +11,7 @@ from octavo.backends.codes import pack
 from octavo.numerics.packing import unpack
 from octavo.numerics.qtensor import QTensor, quantize_scale
 from octavo.spec.element import IntFormat
-from octavo.spec.tensor_format import Shape, TensorFormat
+from octavo.spec.tensor_format import PLAIN_FP32, Shape, TensorFormat
 
 _LEVELS = ("scale", "offset")
 
@@ -69,6 +69,15 @@ class PackedTensor(nn.Module):
 
 def blank_scale(fmt: TensorFormat, shape: Shape) -> QTensor:
     """Quantized scales of ``shape`` that are not known yet: NaN at the outermost level."""
+    if fmt.scale is None or fmt.offset is not None or fmt.zero_point is not None:
+        return _blank_by_example(fmt, shape)
+    inner = fmt.granularity.scale_shape(shape)
+    scale = torch.full(inner, torch.nan) if fmt.scale == PLAIN_FP32 else blank_scale(fmt.scale, inner)
+    is_signed = isinstance(fmt.element, IntFormat) and fmt.element.is_signed
+    return QTensor(torch.zeros(shape, dtype=torch.int8 if is_signed else torch.uint8), scale, fmt, shape)
+
+
+def _blank_by_example(fmt: TensorFormat, shape: Shape) -> QTensor:
     blank = quantize_scale(torch.ones(shape), fmt)
     assert isinstance(blank, QTensor)
     level = blank

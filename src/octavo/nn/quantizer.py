@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo.backends.codes import quantize
-from octavo.backends.simulate import fake_quantize, format_key, range_of
+from octavo.backends.simulate import fake_quantize, format_key, loops_for, range_of
 from octavo.errors import UserError
 from octavo.nn.packed import PackedTensor, blank_scale
 from octavo.nn.views import WeightView
@@ -295,7 +295,7 @@ class WeightQuantizer(Quantizer):
         if fmt.is_plain:
             self.mode = Mode.QUANTIZE
         elif self.spec.observer.name == "mse":
-            self.set_range(search_scale(matrix, fmt), None)
+            self.set_range(search_scale(matrix, fmt, loops=loops_for(matrix, fmt)), None)
         elif fmt.is_nested:
             outer = None if shared_amax is None else outer_scale_from_amax(shared_amax, fmt)
             found = quantize(matrix, fmt, outer_scale=outer)

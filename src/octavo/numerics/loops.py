@@ -6,6 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from octavo.spec.element import ElementFormat
 from octavo.spec.tensor_format import Granularity, TensorFormat
 
 
@@ -36,4 +37,8 @@ class Loops(Protocol):
 
     def codes(self, x: Tensor, fmt: TensorFormat, scale: Tensor, zero_point: Tensor | None) -> Tensor:
         """The codes of what ``fake_quantize`` finds, in the shape of ``x`` and the dtype of ``QTensor.codes``."""
+        ...
+
+    def squared_error(self, rows_NS: Tensor, scale_N: Tensor, element: ElementFormat) -> Tensor:
+        """See ``scaling.squared_error``."""
         ...

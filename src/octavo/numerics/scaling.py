@@ -20,6 +20,7 @@ Scales here are real-valued fp32; rounding them to their own format is ``qtensor
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import assert_never
 
 import torch
@@ -28,6 +29,7 @@ from torch.nn.functional import pad
 
 from octavo.errors import UserError
 from octavo.numerics.codec import power_of_two, round_owned
+from octavo.numerics.loops import Loops
 from octavo.spec.element import ElementFormat, IntFormat
 from octavo.spec.tensor_format import (
     Granularity,
@@ -43,6 +45,7 @@ from octavo.spec.tensor_format import (
 )
 
 Dims = tuple[int, ...]
+_ErrorOf = Callable[[Tensor, Tensor, ElementFormat], Tensor]
 
 
 def to_blocks(x: Tensor, granularity: Granularity) -> tuple[Tensor, Dims]:
@@ -227,7 +230,9 @@ def integer_element(fmt: TensorFormat) -> IntFormat:
     return fmt.element
 
 
-def search_scale(x: Tensor, fmt: TensorFormat, *, steps: int = 40, smallest: float = 0.4) -> Tensor:
+def search_scale(
+    x: Tensor, fmt: TensorFormat, *, steps: int = 40, smallest: float = 0.4, loops: Loops | None = None
+) -> Tensor:
     """Scales of a symmetric format that minimise each block's squared error over a fixed grid.
 
     Candidates are the rule's scale times ``steps`` factors from 1 down to ``smallest``; for the power-of-two rules
@@ -239,6 +244,7 @@ def search_scale(x: Tensor, fmt: TensorFormat, *, steps: int = 40, smallest: flo
         fmt: Symmetric, with plain scales (fp32, fp16, e8m0 ...): scores are computed with the rounded scale.
         steps: Number of factors.
         smallest: The last of them.
+        loops: A faster way to the same bits, for this tensor and format.
 
     Returns:
         fp32 of the scale's shape, on the scale format's grid.
@@ -255,8 +261,9 @@ def search_scale(x: Tensor, fmt: TensorFormat, *, steps: int = 40, smallest: flo
     kept = [d for d in range(blocks.ndim) if d not in {d % blocks.ndim for d in dims}]
     rows_NS = blocks.permute(*kept, *dims).reshape(math.prod(shape), -1)
     chunk = max(1, (1 << 20) // rows_NS.shape[1])
-    factors = _factors(fmt, steps, smallest)
-    return torch.cat([_best_scale(rows.float(), fmt, factors) for rows in torch.split(rows_NS, chunk)]).view(shape)
+    factors, error = _factors(fmt, steps, smallest), squared_error if loops is None else loops.squared_error
+    found = [_best_scale(rows.float(), fmt, factors, error) for rows in torch.split(rows_NS, chunk)]
+    return torch.cat(found).view(shape)
 
 
 def _factors(fmt: TensorFormat, steps: int, smallest: float) -> list[float]:
@@ -265,22 +272,37 @@ def _factors(fmt: TensorFormat, steps: int, smallest: float) -> list[float]:
     return torch.linspace(1.0, smallest, steps, dtype=torch.float64).tolist()
 
 
-def _best_scale(rows_NS: Tensor, fmt: TensorFormat, factors: list[float]) -> Tensor:
+def _best_scale(
+    rows_NS: Tensor,
+    fmt: TensorFormat,
+    factors: list[float],
+    error_of: Callable[[Tensor, Tensor, ElementFormat], Tensor],
+) -> Tensor:
     """``(N,)`` scale of each row with the smallest squared error."""
     assert fmt.scale is not None
     first, _ = scale_from_range(rows_NS.amin(1), rows_NS.amax(1), fmt)
     best, best_error = first, torch.full_like(first, math.inf)
     for factor in factors:
         scale = round_owned(first * factor, fmt.scale.element)
-        error = _squared_error(rows_NS, scale.unsqueeze(1), fmt.element)
+        error = error_of(rows_NS, scale, fmt.element)
         is_better = error < best_error
         best, best_error = torch.where(is_better, scale, best), torch.where(is_better, error, best_error)
     return best
 
 
-def _squared_error(rows_NS: Tensor, scale_N1: Tensor, element: ElementFormat) -> Tensor:
-    rounded = round_owned(rows_NS / scale_N1, element).mul_(scale_N1)
-    return rounded.sub_(rows_NS).square_().sum(1)
+def squared_error(rows_NS: Tensor, scale_N: Tensor, element: ElementFormat) -> Tensor:
+    """``(N,)`` squared error of fp32 rows that are rounded with these scales, summed in an order of its own.
+
+    The second half of what is left is added to the first until one sum is left: more exact than one after the other,
+    and the same on every machine.
+    """
+    scale_N1 = scale_N.unsqueeze(1)
+    errors = round_owned(rows_NS / scale_N1, element).mul_(scale_N1).sub_(rows_NS).square_()
+    while errors.shape[1] > 1:
+        half = errors.shape[1] // 2
+        errors[:, :half] += errors[:, -half:]
+        errors = errors[:, : errors.shape[1] - half]
+    return errors.squeeze(1)
 
 
 def _empty_scale(fmt: TensorFormat) -> float:
