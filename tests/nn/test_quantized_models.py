@@ -283,7 +283,9 @@ def test_weights_are_looked_at_once(monkeypatch) -> None:
 
     looks = []
     original = WeightQuantizer.find_range
-    monkeypatch.setattr(WeightQuantizer, "find_range", lambda self, w: looks.append(self.name) or original(self, w))
+    monkeypatch.setattr(
+        WeightQuantizer, "find_range", lambda self, *given: looks.append(self.name) or original(self, *given)
+    )
     model, batch = made("bert")
     octavo.quantize(model, "int8", [batch] * 3)
     assert len(looks) == len(set(looks)) == 13
