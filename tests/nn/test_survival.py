@@ -18,7 +18,7 @@ from octavo.nn.quantizer import Mode, Quantizer
 from octavo.spec.recipe import Recipe, load_recipe
 from octavo.spec.resolve import resolve
 
-PRESETS = ("fp8-attention", "fp8-dynamic", "int8", "int8-dynamic", "int8-weight-only")
+PRESETS = ("fp8-attention", "fp8-dynamic", "int8", "int8-dynamic", "int8-weight-only", "nvfp4", "nf4-double-quant")
 ASYMMETRIC = Recipe("asymmetric", ()).quantize(
     "operation:linear", weight="int4-group32-asymmetric", input="int8-tensor-asymmetric"
 )

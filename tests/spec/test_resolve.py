@@ -178,6 +178,18 @@ def test_a_width_that_the_group_does_not_divide_is_refused_by_layer() -> None:
     assert message.endswith("or leave it out with a rule (--leave 'blocks.3.mlp.up')")
 
 
+def test_groups_of_an_input_must_fit_before_any_data_is_seen() -> None:
+    facts = model("m", [linear("up", 8, 100)])
+    message = refusal(Recipe("mine", ()).quantize("operation:linear", input="nvfp4"), facts)
+    assert message.startswith("layer 'up': groups of 16 do not divide in_features=100; choose 4, 5, 10")
+
+
+def test_groups_of_a_convolutions_input_are_refused() -> None:
+    site = dataclasses.replace(linear("stem", 8, 64), operation="conv")
+    message = refusal(Recipe("mine", ()).quantize("operation:conv", input="mxfp4"), model("m", [site]))
+    assert "not the channels" in message
+
+
 def test_many_misfits_are_one_error_with_a_count() -> None:
     lines = refusal(load_recipe("int4-group"), clip()).splitlines()
     assert len(lines) == 4

@@ -20,7 +20,7 @@ from octavo.spec.rule import slot_rule
 from octavo.spec.tensor_format import TensorFormat
 
 _SHAPE = (256, 1024)
-_INPUTS = ("", "e4m3-tensor", "int8-tensor", "e4m3-token", "int8-token", "e4m3-group128")
+_INPUTS = ("", "e4m3-tensor", "int8-tensor", "e4m3-token", "int8-token", "e4m3-group128-padded")
 _READERS: Mapping[str, tuple[str, ...]] = {
     "compressed-tensors": ("vllm", "transformers"),
     "gptq": ("vllm", "transformers"),

@@ -61,6 +61,7 @@ class Quantizer(nn.Module):
         self.mode = Mode.OFF
         stored = scale_shape is not None
         self.register_buffer("scale", torch.full(scale_shape, torch.nan) if scale_shape is not None else None)
+        self.register_load_state_dict_post_hook(_round_when_complete)
         has_zero_point = stored and not spec.format.is_symmetric
         self.register_buffer(
             "zero_point", torch.zeros(scale_shape or (), dtype=torch.int32) if has_zero_point else None
@@ -99,15 +100,16 @@ class Quantizer(nn.Module):
                 self._buffers[name] = before.to(after.device)
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        if self.is_calibrated:
-            self.mode = Mode.QUANTIZE
-
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
         kind = "dynamic" if self.spec.is_dynamic else "static"
         return f"{self.spec.format}, {kind}, {self.mode.value}"
+
+
+def _round_when_complete(quantizer: nn.Module, _: object) -> None:
+    """Runs when a state dict was loaded, children included."""
+    if isinstance(quantizer, Quantizer) and quantizer.is_calibrated:
+        quantizer.mode = Mode.QUANTIZE
 
 
 class SharedInput:

@@ -71,6 +71,7 @@ def _of_one_scale() -> dict[str, TensorFormat]:
         for size in _GROUP_SIZES:
             full_range = scaled(element, PerGroup(size), rule=ScaleRule.FULL_RANGE)
             formats[f"{element.name}-group{size}-full-range"] = full_range
+    formats["e4m3-group128-padded"] = scaled(E4M3, PerGroup(128), ragged=Ragged.PAD)
     formats["e4m3-tile128x128"] = scaled(E4M3, PerTile(128, 128), ragged=Ragged.PAD)
     formats["nf4"] = scaled(NF4, PerFlatGroup(64))
     return formats

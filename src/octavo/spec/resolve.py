@@ -28,6 +28,7 @@ from octavo.spec.recipe import Recipe
 from octavo.spec.rule import Leave, Rule
 from octavo.spec.select import Pattern, parse_pattern
 from octavo.spec.suggest import no_match_message
+from octavo.spec.tensor_format import PerGroup
 
 _MOST_MISFITS = 3
 
@@ -183,15 +184,29 @@ def _unselected(site: SiteFacts) -> str:
     return f"no rule selects {site.operation}"
 
 
+def _misfit(decision: Decision) -> str | None:
+    """Why the weight or the input of a site cannot have its format."""
+    site, inputs = decision.site, decision.scheme.get(Slot.INPUT)
+    if not site.weight_shape:
+        return None
+    problem = None if decision.weight is None else decision.weight.format.misfit(site.weight_shape)
+    if problem is not None or inputs is None or not isinstance(inputs.format.granularity, PerGroup):
+        return problem
+    if site.operation in ("conv", "conv_transposed"):
+        return (
+            f"groups of an input run along its last axis, which is not the channels in a {site.operation}; leave it out"
+        )
+    return inputs.format.misfit((1, site.weight_shape[-1])) if site.operation == "linear" else None
+
+
 def _refuse_misfits(decisions: Sequence[Decision]) -> None:
     misfits = []
     for decision in decisions:
-        if decision.weight is not None and decision.site.weight_shape:
-            problem = decision.weight.format.misfit(decision.site.weight_shape)
-            if problem is not None:
-                name = decision.site.name
-                reason = problem.removesuffix(", or leave it out")
-                misfits.append(f"layer {name!r}: {reason}, or leave it out with a rule (--leave {name!r})")
+        problem = _misfit(decision)
+        if problem is not None:
+            name = decision.site.name
+            reason = problem.removesuffix(", or leave it out")
+            misfits.append(f"layer {name!r}: {reason}, or leave it out with a rule (--leave {name!r})")
     if misfits:
         more = len(misfits) - _MOST_MISFITS
         rest = [f"and {more} more layers that do not fit; one pattern may leave out many"] if more > 0 else []
