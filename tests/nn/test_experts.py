@@ -15,6 +15,7 @@ from octavo.nn.experts import find_experts
 from octavo.spec.experts import ExpertsPolicy
 from octavo.spec.plan import Plan
 from octavo.spec.recipe import Recipe, load_recipe, read_recipe
+from zoo.battery import outputs
 from zoo.table import made
 
 
@@ -117,3 +118,27 @@ def test_a_model_without_experts_has_no_policy() -> None:
     plan: Any = octavo.plan(nn.Linear(4, 4), "fp8", sample=torch.randn(1, 4))
     assert plan.experts is None
     assert dataclasses.replace(plan, experts=None).to_json() == plan.to_json()
+
+
+@pytest.mark.slow
+def test_a_branch_that_only_compiled_code_takes_is_rounded_too() -> None:
+    model, batch = made("mixtral")
+    run = octavo.quantize(model, "fp8", [batch])
+    assert any("experts" in name and "input" in name for name in run.door.quantizer_names())
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
+    assert torch.equal(outputs(compiled, batch), outputs(model, batch))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_experts_are_rounded_alike_by_every_implementation(name: str, implementation: str) -> None:
+    model, batch = made(name)
+    model.set_experts_implementation(implementation)
+    run = octavo.quantize(model, "fp8", [batch])
+    per_expert = [d for d in run.plan.decisions if len(d.site.weight_shape) == 3]
+    assert [str(d.weight) for d in per_expert] == ["e4m3 per matrix"] * 4
+    assert len([q for q in run.door.quantizer_names() if ".experts" in q and "input" in q]) == 4
+    reference, _ = made(name)
+    reference.set_experts_implementation("grouped_mm")
+    octavo.quantize(reference, "fp8", [batch])
+    assert torch.allclose(outputs(model, batch), outputs(reference, batch), rtol=1e-3, atol=1e-3)

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from octavo.nn.alternatives import with_alternatives
 from octavo.nn.layers import is_sealed
 from octavo.nn.ledger import Computed, Source
 from octavo.nn.meetings import Attention, Call, Meeting, Trace
@@ -72,7 +73,8 @@ class _Makers:
             slots = (Slot.WEIGHT, Slot.INPUT)
         slots = slots if is_first else (Slot.WEIGHT,)
         taps = {slot: prefix + QUANTIZER_NAMES[slot] for slot in slots if slot is not Slot.WEIGHT}
-        calls = (TappedCall(call.chain, tuple(Tap(child, operands[slot]) for slot, child in taps.items())),)
+        tapped = tuple(Tap(child, operands[slot]) for slot, child in taps.items())
+        calls = tuple(TappedCall(chain, tapped) for chain in with_alternatives(call.chain))
         module = self.model.get_submodule(holder)
         mine = [key, *keys[1:], *filter(None, [meeting.bias])]
         if name == (holder or ROOT):

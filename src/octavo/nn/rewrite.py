@@ -41,7 +41,12 @@ def _source_tree(filename: str) -> ast.Module:
         raise NoSourceError(f"the source file {filename} cannot be read ({type(error).__name__})") from error
 
 
-def _definition(code: CodeType) -> ast.FunctionDef:
+def definition(code: CodeType) -> ast.FunctionDef:
+    """The function of this code, as its source file has it.
+
+    Raises:
+        NoSourceError: it is not there.
+    """
     for node in ast.walk(_source_tree(code.co_filename)):
         if isinstance(node, ast.FunctionDef) and node.name == code.co_name:
             first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
@@ -91,7 +96,7 @@ def redirected(
     Raises:
         NoSourceError: the source is not there, or is not what was executed.
     """
-    tree = copy.deepcopy(_definition(code))
+    tree = copy.deepcopy(definition(code))
     names = {
         position: (f"octavo_redirect_{k}__", method) for k, (position, (method, _)) in enumerate(redirects.items())
     }
