@@ -246,3 +246,13 @@ def test_tokens_and_groups_of_the_whole_row_are_the_same():
     assert torch.equal(by_token, fake_quantize(x, scaled(INT8, PerChannel())))
     assert torch.equal(by_token, fake_quantize(x, scaled(INT8, PerTile(1, 128))))
     assert math.isfinite(by_token.sum())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@every_format
+def test_a_gpu_gives_the_same_bits(fmt):
+    for name, x in AWKWARD.items():
+        if fits(fmt, x):
+            on_gpu = quantize(x.cuda(), fmt)
+            assert torch.equal(bits(on_gpu.dequantize().cpu()), bits(quantize(x, fmt).dequantize())), name
+            assert torch.equal(bits(fake_quantize(x.cuda(), fmt).cpu()), bits(fake_quantize(x, fmt))), name

@@ -21,6 +21,7 @@ PRESETS = (
     "fp8-attention",
     "fp8-block",
     "fp8-dynamic",
+    "fp8-kv",
     "int4-group",
     "int4-group-asymmetric",
     "int4-group-double-quant",
@@ -40,6 +41,7 @@ PRESETS = (
     "nf4-double-quant",
     "nvfp4",
     "nvfp4-four-over-six",
+    "nvfp4-kv",
     "nvfp4-weight-only",
     "w4a4-int",
     "w4a8",
@@ -346,4 +348,15 @@ CALIBRATIONS = st.builds(
 
 @given(st.builds(Recipe, TEXT.filter(bool), st.lists(RULES, min_size=1, max_size=4).map(tuple), TEXT, CALIBRATIONS))
 def test_every_recipe_reads_back_from_its_own_yaml(recipe: Recipe) -> None:
+    assert read(recipe.to_yaml()) == recipe
+
+
+def test_the_format_that_the_documentation_writes_out_is_one() -> None:
+    page = (Path(__file__).parents[2] / "docs/formats/tensor-formats.md").read_text(encoding="utf-8")
+    block = page.partition("```yaml\n")[2].partition("```")[0]
+    indented = "".join(f"      {line}\n" for line in block.splitlines())
+    recipe = read(f"rules:\n  - select: operation:linear\n    scheme:\n{indented}")
+    action = recipe.rules[0].action
+    assert not isinstance(action, Leave)
+    assert action[Slot.WEIGHT].format.element.values[1] == pytest.approx(-0.333)
     assert read(recipe.to_yaml()) == recipe
