@@ -137,6 +137,14 @@ def test_a_library_that_others_could_have_written_is_not_loaded(
 
 
 @compiler
+@pytest.mark.slow
+def test_a_compiler_that_is_careless_about_rounding_is_not_trusted(cache: Path, tmp_path: Path) -> None:
+    """In a process of its own: options of the compiler's own make sums associative."""
+    environment = {"CXX": fake_compiler(tmp_path, 'exec c++ -ffast-math "$@" -ffast-math'), "OCTAVO_CACHE": str(cache)}
+    assert process(**environment, OCTAVO_COMPILE="wait").communicate()[0].strip() == "False"
+
+
+@compiler
 def test_the_number_of_threads_does_not_change_a_bit() -> None:
     assert native.LIBRARY.wait()
     backend, x = CompiledBackend(), torch.randn(400, 1000)

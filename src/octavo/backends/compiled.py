@@ -17,9 +17,10 @@ from torch import Tensor
 
 from octavo.backends.base import Support
 from octavo.backends.native import LIBRARY
-from octavo.numerics import scaling
+from octavo.numerics import qtensor, scaling
 from octavo.numerics.codec import thresholds
 from octavo.spec.element import CodebookFormat, ElementFormat, FloatFormat, IntFormat
+from octavo.spec.formats import FORMATS
 from octavo.spec.tensor_format import (
     Granularity,
     PerChannel,
@@ -30,11 +31,13 @@ from octavo.spec.tensor_format import (
     PerToken,
     Shape,
     TensorFormat,
+    one_level,
 )
 
 _SEGMENT = 4096  # values of a row where a tensor has no rows of its own
 _LONGEST_BOOK = 16  # the search for the nearest entry is linear
 _LONGEST_SUM = 1 << 16  # as in ``rounding.cpp``
+_SAMPLE = ("int8-channel", "int4-group32-asymmetric", "e4m3-tensor", "mxint8", "nvfp4", "nf4")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -87,7 +90,7 @@ class CompiledBackend:
             return Support(False, f"{fmt} has no scales, or an offset")
         if not _is_known(fmt.element):
             return Support(False, f"there is no compiled loop for {fmt.element.name}")
-        if LIBRARY.get() is None:
+        if LIBRARY.get() is None or not _is_exact():
             return Support(False, LIBRARY.reason)
         return Support(True)
 
@@ -168,6 +171,27 @@ def pack(codes: Tensor, bits: int) -> Tensor | None:
     pointers = codes.data_ptr(), out.data_ptr()
     _function("octavo_pack")(*pointers, codes.numel() // width, width, bits, _threads())
     return out
+
+
+@cache
+def _is_exact() -> bool:
+    """Whether what the compiler made of the loops gives the bits of ``numerics`` on values of every kind.
+
+    Compilers differ in what they permit themselves (and ``CXX`` may be a script with options of its own).
+    """
+    words = torch.arange(1 << 13) * 0x9E3779B1  # a multiplicative hash: bit patterns of all kinds, NaN and subnormals
+    x = words.bitwise_and(0xFFFFFFFF).to(torch.int64).sub(1 << 31).to(torch.int32).view(torch.float32).view(64, 128)
+    backend = CompiledBackend()
+    for name in _SAMPLE:
+        fmt = FORMATS[name]
+        scale, zero_point = qtensor.stored_scale(x.nan_to_num(0, 1e3, -1e3).clamp(-1e3, 1e3), fmt)
+        expected = qtensor.fake_quantize(x, one_level(fmt), scale=scale, zero_point=zero_point)
+        found = backend.fake_quantize(x, fmt, scale, zero_point)
+        same = (found.view(torch.int32) == expected.view(torch.int32)) | (found.isnan() & expected.isnan())
+        if not bool(same.all()):
+            LIBRARY.give_up(f"this compiler's code does not round exactly ({name}); another one can be named in CXX")
+            return False
+    return True
 
 
 def _is_known(element: ElementFormat) -> bool:

@@ -76,6 +76,11 @@ class Library:
             self._worker.join()
         return self._loaded is not None
 
+    def give_up(self, why: str) -> None:
+        """Never use the library again in this process."""
+        self._loaded, self._obstacle = None, why
+        logger.warning("rounding is computed without compiled kernels, with the same results but slower: %s", why)
+
     @property
     def reason(self) -> str:
         """Why ``get`` gives nothing."""
@@ -109,8 +114,7 @@ class Library:
         try:
             yield
         except (NoKernelsError, OSError, AttributeError) as error:
-            self._obstacle = str(error)
-            logger.warning("rounding is computed without compiled kernels, with the same results but slower: %s", error)
+            self.give_up(str(error))
 
 
 def cache_directory() -> Path:
