@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import logging
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,16 +18,16 @@ from octavo.calibrate.batches import calibrate, require_no_data
 from octavo.errors import UserError
 from octavo.evaluate import LOWER_IS_BETTER, Measure, Outputs, Task, difference
 from octavo.evaluate.fidelity import Fidelity
-from octavo.export.base import exporter
+from octavo.export.base import EXPORTERS, AnyExporter, ModelExporter, exporter, written_from_model
 from octavo.export.run import write_run
 from octavo.export.run_files import RunFiles, read_run
 from octavo.export.views import dequantized_weights
-from octavo.nn.door import TorchDoor, activation_scales, simulated_weights
-from octavo.nn.state import load_tensors, replace_scales, set_ranges
+from octavo.nn.door import TorchDoor
 from octavo.numerics.arrays import array_of, tensor_of, tensors_in
-from octavo.numerics.qtensor import QTensor
-from octavo.numerics.snapshot import Snapshot
-from octavo.readers.compare import Comparison, compare_weights
+from octavo.numerics.door import Door
+from octavo.numerics.snapshot import Agreement, Snapshot
+from octavo.onnx.layout import OnnxLayout, open_graph_door, rename_graph
+from octavo.readers.compare import Comparison, Difference, compare_weights
 from octavo.readers.opening import open_checkpoint
 from octavo.report.clock import Clock
 from octavo.report.fold import fold_problems
@@ -36,17 +36,24 @@ from octavo.search.sensitivity import Sensitivity, rank_quantizers
 from octavo.sources import LoadedModel, as_batches, describe_module, open_model, open_untrained
 from octavo.sources.example import example_inputs
 from octavo.sources.extras import is_callable_name
+from octavo.sources.graphs import GraphModule
+from octavo.sources.models import describes_model
 from octavo.spec.coverage import check_coverage
 from octavo.spec.experts import rare_experts
-from octavo.spec.facts import Slot
 from octavo.spec.plan import Plan
 from octavo.spec.recipe import Recipe, load_recipe, read_recipe
 from octavo.spec.records import ExpertsRecord, MetricRecord, RunRecord, SensitivityRecord
-from octavo.spec.resolve import resolve
+from octavo.spec.resolve import for_target, resolve
 from octavo.spec.select import quantizer_name
+from octavo.spec.targets import target_named
 from octavo.spec.version import VERSION
 
 logger = logging.getLogger(__name__)
+
+MODEL_EXPORTERS: dict[str, ModelExporter] = {layout.name: layout for layout in (OnnxLayout(),)}
+DOORS: dict[type[nn.Module], Callable[[Any, str, Any], Door]] = {GraphModule: open_graph_door, nn.Module: TorchDoor}
+"""What opens which kind of module; the first that fits."""
+LAYOUTS: dict[str, AnyExporter] = {**EXPORTERS, **MODEL_EXPORTERS}
 
 Model = nn.Module | LoadedModel
 Metrics = Mapping[str, Mapping[str, Measure]]
@@ -69,7 +76,7 @@ class Run:
     recipe: Recipe
     plan: Plan
     record: RunRecord
-    door: TorchDoor = field(repr=False)
+    door: Door = field(repr=False)
     baseline: Metrics = field(default_factory=dict, repr=False)
 
     @property
@@ -284,6 +291,7 @@ def save(run: Run, path: str | Path, *, trust_remote_code: bool = False) -> Run:
         recipe=run.recipe.to_yaml(),
         record=run.record,
         source_directory=run.loaded.directory,
+        write_skeleton=run.door.write_skeleton,
         out=Path(path),
         trust_remote_code=trust_remote_code,
     )
@@ -315,10 +323,8 @@ def load(
     files = read_run(path)
     loaded = _skeleton(files, model, device, trust_remote_code)
     loaded.source = files.record.model
-    load_tensors(loaded.model, _state_dict(files))
     door = _door(loaded, sample)
-    door.prepare(files.plan)
-    set_ranges(loaded.model, _ranges(files).get)
+    door.restore(files.plan, _state_dict(files), files.layers())
     return Run(loaded, read_recipe(files.recipe, str(path / "recipe.yaml")), files.plan, files.record, door)
 
 
@@ -327,22 +333,37 @@ def export(
     path: str | Path,
     *,
     layout: str = "modelopt",
+    target: str = "",
+    sample: Any = None,
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
 ) -> Path:
     """Write the checkpoint ``path`` that inference engines load.
 
     Args:
-        run: A quantized model, or a run directory (no model is built then).
+        run: A quantized model, or a run directory (a model is built only for a layout that is made from one).
         path: The directory to write; an earlier checkpoint of the same layout is replaced at the end.
         layout: Its layout.
+        target: Where the files will run; the run's own unless given.
+        sample: One batch for a layout that traces the model; made up where the model's files tell what it takes.
         dtype: What floating tensors that stay unquantized are cast to; ``None``: as they are.
         trust_remote_code: Copy the model's Python files, too.
 
     Raises:
-        UserError: the layout cannot hold the run, ``path`` holds something else, or the disk is too small.
+        UserError: the layout cannot hold the run, the run was made for another target, ``path`` holds something else,
+            or the disk is too small.
     """
-    writer = exporter(layout)
+    exporter(layout, LAYOUTS)
+    if layout in MODEL_EXPORTERS:
+        return _export_model(
+            run,
+            MODEL_EXPORTERS[layout],
+            out=Path(path),
+            target=target,
+            sample=sample,
+            float_dtype=dtype,
+            trust_remote_code=trust_remote_code,
+        )
     if isinstance(run, Run):
         snapshot: Snapshot = run.door.snapshot()
         the_plan, directory = run.plan, run.loaded.directory
@@ -350,7 +371,8 @@ def export(
         files = read_run(Path(run))
         snapshot, the_plan, directory = files, files.plan, files.directory
     _refuse_misfits(the_plan, [layout])
-    return writer.write(
+    _refuse_other_target(the_plan, target, layout)
+    return EXPORTERS[layout].write(
         snapshot,
         the_plan,
         source_directory=directory,
@@ -358,6 +380,87 @@ def export(
         float_dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
+
+
+def export_graph(run: Run, path: Path, *, sample: Any = None) -> Run:
+    """Write a quantized model as the single file ``path``; its weights beside it where a protobuf cannot hold them.
+
+    Returns:
+        ``run``, whose record now knows the path and the bytes written.
+
+    Raises:
+        UserError: the model becomes several graphs, cannot be written, or ``path`` is a directory.
+    """
+    check_graph_target(path)
+    with tempfile.TemporaryDirectory(prefix=".octavo-partial-", dir=path.resolve().parent) as place:
+        parts = _export_model(
+            run,
+            MODEL_EXPORTERS["onnx"],
+            out=Path(place, "onnx"),
+            target="",
+            sample=sample,
+            float_dtype=None,
+            trust_remote_code=False,
+        )
+        graphs = sorted(parts.glob("*.onnx"))
+        if len(graphs) > 1:
+            names = ", ".join(graph.name for graph in graphs)
+            raise UserError(f"{path} is one file, and this model becomes {names}: use --layout onnx with --out RUN")
+        written = rename_graph(graphs[0], path)
+    run.record = dataclasses.replace(run.record, bytes_after=written, output=str(path))
+    return run
+
+
+def check_graph_target(path: Path) -> None:
+    """Raise ``UserError`` now if ``export_graph`` could not write ``path`` later."""
+    if path.is_dir() or not path.resolve().parent.is_dir():
+        raise UserError(
+            f"cannot write {path}: " + ("it is a directory" if path.is_dir() else "its directory is missing")
+        )
+
+
+def _export_model(
+    run: Run | str | Path,
+    writer: ModelExporter,
+    *,
+    out: Path,
+    target: str,
+    sample: Any,
+    float_dtype: torch.dtype | None,
+    trust_remote_code: bool,
+) -> Path:
+    """Write a layout that is made from the model itself."""
+    simulated = run if isinstance(run, Run) else load(run, sample=sample, trust_remote_code=trust_remote_code)
+    _refuse_misfits(simulated.plan, [writer.name])
+    _refuse_other_target(simulated.plan, target, writer.name)
+    batch = example_inputs(simulated.loaded) if sample is None else sample
+    return written_from_model(
+        writer,
+        simulated.loaded,
+        dataclasses.replace(simulated.plan, target=target or simulated.plan.target),
+        simulated.door.snapshot().layers(),
+        batch,
+        out=out,
+        float_dtype=float_dtype,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def _refuse_other_target(the_plan: Plan, target: str, layout: str) -> None:
+    """Raise ``UserError`` when files for ``target`` would mean something else than what was simulated."""
+    wanted = target_named(target)
+    if not target or target == the_plan.target:
+        return
+    for decision in the_plan.decisions:
+        asked = for_target(decision, wanted)
+        if asked != decision:
+            slot = next(slot for slot in asked.scheme if asked.scheme[slot] != decision.scheme[slot])
+            name = quantizer_name(decision.site.name, slot)
+            raise UserError(
+                f"this run was made for {the_plan.target or 'any target'}: '{name}' is {decision.scheme[slot]}, and "
+                f"{target} wants {asked.scheme[slot]}. Quantize for it:  octavo quantize {the_plan.facts.model} "
+                f"--recipe {the_plan.recipe} --target {target} --layout {layout} ..."
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,21 +471,25 @@ class Verification:
         weights: Every weight, tensor and scale, bit by bit.
         num_batches: Batches whose outputs were compared, 0 without data.
         worst_output: Largest absolute difference of any output value, ``None`` without data.
+        graphs: Of a layout that runs by itself: what running each file says.
     """
 
     weights: Comparison
     num_batches: int = 0
     worst_output: float | None = None
+    graphs: tuple[Agreement, ...] = ()
 
     @property
     def agrees(self) -> bool:
         """No difference anywhere."""
-        return self.weights.agrees and not self.worst_output
+        return self.weights.agrees and not self.worst_output and all(graph.agrees for graph in self.graphs)
 
     def to_json_object(self) -> dict[str, Any]:
         """Plain JSON values."""
-        outputs = {"num_batches": self.num_batches, "worst_output": self.worst_output}
-        return {"schema": "octavo.verification/1", "agrees": self.agrees, **self.weights.to_json_object(), **outputs}
+        outputs: dict[str, Any] = {"num_batches": self.num_batches, "worst_output": self.worst_output}
+        if self.graphs:
+            outputs["graphs"] = [graph.to_json_object() for graph in self.graphs]
+        return {"schema": "octavo.verification/1", **self.weights.to_json_object(), **outputs, "agrees": self.agrees}
 
 
 def verify(path: str | Path, run: Run | str | Path, data: Any = None, *, track: Track = silent) -> Verification:
@@ -399,21 +506,45 @@ def verify(path: str | Path, run: Run | str | Path, data: Any = None, *, track: 
     """
     run = run if isinstance(run, Run) else load(run)
     path = Path(path)
+    for writer in MODEL_EXPORTERS.values():
+        if writer.is_previous(path):
+            return _verify_by_running(writer, path, run, data, track)
     comparison = compare_weights(
         path,
-        ((key, array_of(value)) for key, value in simulated_weights(run.model)),
+        ((key, array_of(value)) for key, value in run.door.simulated_weights()),
         tensors=((key, array_of(value)) for key, value in run.door.snapshot().passthrough()),
-        activations=activation_scales(run.model),
+        activations=run.door.activation_scales(),
     )
     if data is None or comparison.missing:
         return Verification(comparison)
-    twin = TorchDoor(_filled_from_files(run, path), run.loaded.source)
+    twin = _filled_from_files(run, path)
     worst, num_batches = 0.0, 0
     for batch in track(as_batches(data), "verify"):
         for ours, theirs in zip(tensors_in(run.door.run(batch)), tensors_in(twin.run(batch)), strict=True):
             worst = max(worst, float((ours.double() - theirs.double()).abs().max())) if ours.numel() else worst
         num_batches += 1
     return Verification(comparison, num_batches, worst)
+
+
+def _verify_by_running(writer: ModelExporter, path: Path, run: Run, data: Any, track: Track) -> Verification:
+    """Files that run by themselves: their weights, and with data their codes and outputs."""
+    batches = [] if data is None else list(track(as_batches(data), "verify"))
+    unquantized = run.door.disabled(lambda name: True)
+    graphs = tuple(writer.check(path, run.loaded, run.door.snapshot().layers(), batches, unquantized))
+    stored = {name for graph in graphs for name in graph.missing}
+    comparison = Comparison(
+        num_weights=sum(graph.num_weights for graph in graphs),
+        num_tensors=0,
+        num_activations=sum(int(graph.to_json_object()["num_nodes"]) for graph in graphs),
+        num_values=sum(graph.num_values for graph in graphs),
+        differences=tuple(
+            Difference(name, f"{count} values differ", count)
+            for graph in graphs
+            for name, count in graph.different_weights.items()
+        ),
+        extra=tuple(sorted(stored)),
+    )
+    return Verification(comparison, len(batches), None, graphs)
 
 
 def compared(before: Metrics, after: Metrics) -> dict[str, dict[str, MetricRecord]]:
@@ -439,8 +570,9 @@ def _loaded(model: Model) -> LoadedModel:
     return model if isinstance(model, LoadedModel) else describe_module(model)
 
 
-def _door(loaded: LoadedModel, sample: Any) -> TorchDoor:
-    return TorchDoor(loaded.model, loaded.source, example_inputs(loaded) if sample is None else sample)
+def _door(loaded: LoadedModel, sample: Any) -> Door:
+    open_door = next(door for kind, door in DOORS.items() if isinstance(loaded.model, kind))
+    return open_door(loaded.model, loaded.source, example_inputs(loaded) if sample is None else sample)
 
 
 def _first(batches: Iterable[Any]) -> Any:
@@ -463,7 +595,7 @@ def _refuse_early(
 
 def _refuse_misfits(the_plan: Plan, layouts: Iterable[str]) -> None:
     for layout in layouts:
-        problems = exporter(layout).problems(the_plan)
+        problems = exporter(layout, LAYOUTS).problems(the_plan)
         if problems:
             folded = fold_problems(problems)
             shown = "".join(f"\n  {problem}" for problem in folded[:5])
@@ -475,7 +607,7 @@ def _skeleton(files: RunFiles, model: nn.Module | None, device: str, trust_remot
     """The saved model without its weights."""
     if model is not None:
         return describe_module(model.to(device))
-    if (files.directory / "config.json").is_file():
+    if describes_model(files.directory):
         floats = (tensor.dtype for _, tensor in files.passthrough() if tensor.is_floating_point())
         dtype = next(floats, torch.float32)
         return open_untrained(files.directory, device=device, dtype=str(dtype).removeprefix("torch."))
@@ -493,35 +625,18 @@ def _state_dict(files: RunFiles) -> dict[str, torch.Tensor]:
     return tensors | {alias: tensors[owner] for alias, owner in files.tied().items()}
 
 
-def _ranges(files: RunFiles) -> dict[str, tuple[torch.Tensor | QTensor, torch.Tensor | None]]:
-    """Quantizer name -> scale and zero point, of every static quantizer that was on."""
-    ranges: dict[str, tuple[torch.Tensor | QTensor, torch.Tensor | None]] = {}
-    for layer in files.layers():
-        if layer.weight is not None and layer.weight.scale is not None:
-            ranges[quantizer_name(layer.name, Slot.WEIGHT)] = layer.weight.scale, layer.weight.zero_point
-        for slot, activation in layer.activations.items():
-            if activation.scale is not None:
-                ranges[quantizer_name(layer.name, slot)] = activation.scale, activation.zero_point
-    return ranges
-
-
-@torch.no_grad()
-def _filled_from_files(run: Run, path: Path) -> nn.Module:
+def _filled_from_files(run: Run, path: Path) -> Door:
     """A copy of the simulation whose weights, tensors and activation scales are those an independent reader found."""
     checkpoint = open_checkpoint(path)
-    twin = copy.deepcopy(run.model)
-    slots = twin.state_dict(keep_vars=True)
-    for key, entry in checkpoint.weights.items():
-        slots[key].copy_(torch.from_numpy(entry.dequantize()))
-    for key, stored in checkpoint.tensors.items():
-        slots[key].copy_(tensor_of(stored.read()))
-    ranges = {
-        entry.name: tensor_of(entry.scale.read()).reshape(())
-        for entry in checkpoint.activations.values()
-        if entry.scale is not None
-    }
-    replace_scales(twin, ranges)
-    return twin
+    return run.door.twin(
+        {key: torch.from_numpy(entry.dequantize()) for key, entry in checkpoint.weights.items()},
+        {key: tensor_of(stored.read()) for key, stored in checkpoint.tensors.items()},
+        {
+            entry.name: tensor_of(entry.scale.read()).reshape(())
+            for entry in checkpoint.activations.values()
+            if entry.scale is not None
+        },
+    )
 
 
 def _experts_records(the_plan: Plan, tokens: Mapping[str, Sequence[int]]) -> tuple[ExpertsRecord, ...]:

@@ -65,7 +65,7 @@ def test_a_pattern_of_sensitivity_that_matches_nothing() -> None:
         ("empty", "no config.json, so it is not a Hugging Face model (it is empty)"),
         ("thesis", "no config.json, so it is not a Hugging Face model (there is chapter.tex)"),
         ("prose.txt", "is a file; give the directory that holds config.json and the safetensors"),
-        ("model.onnx", "ONNX files are not supported by this version; give the PyTorch model it came from"),
+        ("model.onnx", "onnxruntime cannot run model.onnx"),
         ("pickled", "only pickled weights (pytorch_model.bin), and octavo never reads pickles"),
         ("run", "is a run, so its weights are quantized already"),
         ("run/modelopt", "is already quantized (modelopt)"),
@@ -125,7 +125,7 @@ def test_the_way_out_of_an_odd_width_works(tmp_path: Path) -> None:
 
 def test_an_unknown_layout_is_refused_before_the_model_is_opened() -> None:
     message = refused("quantize", "./nowhere", *CALIBRATED, "--out", "fresh", "--layout", "modelop")
-    assert message == "octavo: unknown layout 'modelop': did you mean 'modelopt'? layouts are modelopt"
+    assert message == "octavo: unknown layout 'modelop': did you mean 'modelopt'? layouts are modelopt, onnx"
     assert "unknown layout 'gguf'" in refused("export", "run", "--layout", "gguf", "--out", "fresh")
 
 

@@ -441,6 +441,6 @@ def test_extras_without_a_place_are_never_dropped_in_silence(tmp_path: Path) -> 
 
 def test_an_unknown_layout_names_the_nearest() -> None:
     with pytest.raises(UserError, match=r"unknown layout 'model_opt': did you mean 'modelopt'\? layouts are modelopt"):
-        exporter("model_opt")
+        exporter("model_opt", EXPORTERS)
     with pytest.raises(UserError, match=r"unknown layout 'zzz': layouts are "):
-        exporter("zzz")
+        exporter("zzz", EXPORTERS)

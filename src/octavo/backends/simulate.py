@@ -101,3 +101,6 @@ torch.library.register_fake(
     lambda x, scale, zero_point, format: torch.empty_like(x, memory_format=torch.contiguous_format),
 )
 torch.library.register_autograd("octavo::fake_quantize", _backward, setup_context=_setup_context)
+
+OPERATOR = torch.ops.octavo.fake_quantize.default
+"""What graphs of ``torch.export`` call; a translation to another representation is keyed by it."""

@@ -73,6 +73,8 @@ def sensitivity(
     batch_size: opt.BatchSize = None,
     max_length: opt.MaxLength = None,
     seed: opt.Seed = 0,
+    target: opt.Target = "",
+    processor: opt.Processor = None,
     device: opt.Device = "cpu",
     dtype: opt.Dtype = None,
     trust_remote_code: opt.TrustRemoteCode = False,
@@ -99,6 +101,8 @@ def sensitivity(
         batch_size=batch_size,
         max_length=max_length,
         seed=seed,
+        target=target,
+        processor=processor,
         device=device,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
@@ -153,7 +157,9 @@ def verify(
 
 
 def inspect(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A run directory or any safetensors checkpoint.")],
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A run directory, any safetensors checkpoint, or an .onnx file.")
+    ],
     everything: Annotated[bool, typer.Option("--all", help="Every tensor, not only the account.")] = False,
     json: opt.Json = False,
     quiet: opt.Quiet = False,

@@ -20,6 +20,7 @@ def plan(
     model: opt.Model,
     recipe: opt.RecipeName,
     leave: opt.Leave = None,
+    target: opt.Target = "",
     everything: Annotated[bool, typer.Option("--all", help="Every parameter in a row of its own.")] = False,
     data: Annotated[
         str | None,
@@ -27,6 +28,7 @@ def plan(
     ] = None,
     require_coverage: opt.RequireCoverage = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help="Write the plan as JSON.")] = None,
+    processor: opt.Processor = None,
     device: opt.Device = "cpu",
     dtype: opt.Dtype = None,
     trust_remote_code: opt.TrustRemoteCode = False,
@@ -44,12 +46,20 @@ def plan(
     from octavo.spec.coverage import check_coverage
 
     clock = Clock()
-    order = Order(model, the_recipe, data=data, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    order = Order(
+        model,
+        the_recipe,
+        data=data,
+        processor=processor,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
     with clock.phase("load"):
         loaded = opened(order)
         batch = sample(order, loaded)
     with clock.phase("plan"):
-        the_plan = pipeline.plan(loaded, the_recipe, sample=batch)
+        the_plan = pipeline.plan(loaded, the_recipe, sample=batch, target=target)
     if require_coverage is not None:
         check_coverage(the_plan, require_coverage)
     if out is not None:
@@ -65,18 +75,25 @@ def quantize(
     data: opt.Data = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", metavar="RUN", help="The run directory to write; nothing is written without it."),
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="RUN",
+            help="The run directory to write, or FILE.onnx; nothing without it.",
+        ),
     ] = None,
     task: opt.Tasks = None,
     leave: opt.Leave = None,
     layout: opt.Layouts = None,
     require_coverage: opt.RequireCoverage = None,
     observer: opt.Observer = None,
+    target: opt.Target = "",
     samples: opt.Samples = None,
     batch_size: opt.BatchSize = None,
     max_length: opt.MaxLength = None,
     stride: opt.Stride = None,
     seed: opt.Seed = 0,
+    processor: opt.Processor = None,
     device: opt.Device = "cpu",
     dtype: opt.Dtype = None,
     trust_remote_code: opt.TrustRemoteCode = False,
@@ -105,6 +122,8 @@ def quantize(
         max_length=max_length,
         stride=stride,
         seed=seed,
+        target=target,
+        processor=processor,
         device=device,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
@@ -118,9 +137,18 @@ def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory that `octavo quantize --out` wrote.")],
     layout: opt.Layout,
     out: opt.Out,
+    target: opt.Target = "",
+    data: Annotated[
+        str | None,
+        typer.Option("--data", "-d", metavar="D", help="For onnx: shows what the model takes, where its files do not."),
+    ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option("--dtype", help="What floating tensors that stay unquantized are cast to: bfloat16, float16."),
+        typer.Option(
+            "--float-dtype",
+            "--dtype",
+            help="What floating tensors that stay unquantized are cast to: bfloat16, float16.",
+        ),
     ] = None,
     trust_remote_code: opt.TrustRemoteCode = False,
     json: opt.Json = False,
@@ -128,10 +156,20 @@ def export(
 ) -> None:
     """Write a checkpoint that inference engines load, from a run directory."""
     from octavo import pipeline
+    from octavo.cli.work import with_batch
     from octavo.report.words import bytes_text
 
     screen = Screen(json, quiet)
-    written = pipeline.export(run, out, layout=layout, dtype=float_dtype(dtype), trust_remote_code=trust_remote_code)
+    subject, batch = (run, None) if data is None else with_batch(run, data, trust_remote_code=trust_remote_code)
+    written = pipeline.export(
+        subject,
+        out,
+        layout=layout,
+        target=target,
+        sample=batch,
+        dtype=float_dtype(dtype),
+        trust_remote_code=trust_remote_code,
+    )
     size = sum(file.stat().st_size for file in written.rglob("*") if file.is_file())
     screen.say(f"{layout} checkpoint, {bytes_text(size)}, written to {written}")
     screen.emit({"schema": "octavo.export/1", "layout": layout, "output": str(written), "file_bytes": size})

@@ -11,7 +11,7 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A Hugging Face directory or id, package.module:factory, or demo:clip.",
+        help="A Hugging Face directory or id, an .onnx file, package.module:factory, or demo:clip.",
         show_default=False,
     ),
 ]
@@ -28,7 +28,8 @@ Data = Annotated[
         "--data",
         "-d",
         metavar="D",
-        help="Calibration data: text, JSON lines, a folder of pictures, a datasets id, module:function, demo:NAME.",
+        help="Calibration data: text, JSON lines, a folder of pictures, .npz or safetensors arrays, a datasets id, "
+        "module:function, demo:NAME.",
     ),
 ]
 Tasks = Annotated[
@@ -65,7 +66,21 @@ RequireCoverage = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, nothing else there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no tables.")]
 Out = Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The directory to write.")]
-Layout = Annotated[str, typer.Option("--layout", metavar="L", help="Checkpoint layout: modelopt.")]
+Layout = Annotated[str, typer.Option("--layout", metavar="L", help="Checkpoint layout: modelopt or onnx.")]
 Layouts = Annotated[
     list[str] | None, typer.Option("--layout", metavar="L", help="Also write this checkpoint, into RUN/L. Repeatable.")
+]
+Target = Annotated[
+    str,
+    typer.Option(
+        "--target",
+        metavar="T",
+        help="Where the files will run: onnxruntime-cpu, onnxruntime-cpu-vnni, onnxruntime-cuda, tensorrt, openvino.",
+    ),
+]
+Processor = Annotated[
+    str | None,
+    typer.Option(
+        "--processor", metavar="DIR", help="Tokenizer and image processor of an .onnx file, for texts or pictures."
+    ),
 ]

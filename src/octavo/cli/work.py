@@ -42,6 +42,8 @@ class Order:
     max_length: int | None = None
     stride: int | None = None
     seed: int = 0
+    target: str = ""
+    processor: str | None = None
     device: str = "cpu"
     dtype: str | None = None
     trust_remote_code: bool = False
@@ -74,7 +76,8 @@ def quantized(
         order.recipe,
         data,
         tasks=tasks.values(),
-        layouts=order.layouts,
+        layouts=("onnx",) if is_graph_file(order.out) else order.layouts,
+        target=order.target,
         require_coverage=order.require_coverage,
         clock=clock,
         track=track,
@@ -82,13 +85,27 @@ def quantized(
     )
     with clock.phase("export"):
         if order.out is not None:
-            run = pipeline.save(run, order.out, trust_remote_code=order.trust_remote_code)
-            for layout in order.layouts:
-                pipeline.export(run, order.out / layout, layout=layout, trust_remote_code=order.trust_remote_code)
+            run = _written(run, order, order.out, sample=None if data is None else next(iter(data)))
     run.record = dataclasses.replace(run.record, leave=order.leave, seconds=dict(clock.seconds))
-    if order.out is not None:
+    if order.out is not None and not is_graph_file(order.out):
         write_record(order.out, run.record)
     return run
+
+
+def _written(run: pipeline.Run, order: Order, out: Path, *, sample: Any) -> pipeline.Run:
+    """One graph, or a run directory with the checkpoints that were asked for."""
+    if is_graph_file(out):
+        return pipeline.export_graph(run, out, sample=sample)
+    run = pipeline.save(run, out, trust_remote_code=order.trust_remote_code)
+    for layout in order.layouts:
+        code = order.trust_remote_code
+        pipeline.export(run, out / layout, layout=layout, sample=sample, trust_remote_code=code)
+    return run
+
+
+def is_graph_file(out: Path | None) -> bool:
+    """Whether ``--out`` names a graph and not a run directory."""
+    return out is not None and out.suffix == ".onnx"
 
 
 class Wanted:
@@ -124,7 +141,13 @@ class Wanted:
 
 def opened(order: Order) -> LoadedModel:
     """The model."""
-    return open_model(order.model, device=order.device, dtype=order.dtype, trust_remote_code=order.trust_remote_code)
+    return open_model(
+        order.model,
+        device=order.device,
+        dtype=order.dtype,
+        trust_remote_code=order.trust_remote_code,
+        processor=order.processor,
+    )
 
 
 def calibration(order: Order, loaded: LoadedModel) -> Batches | None:
@@ -167,7 +190,7 @@ def drawn(
         max_length=max_length,
         seed=seed,
     )
-    if data.kind is DataKind.BATCHES:
+    if data.kind in (DataKind.BATCHES, DataKind.ARRAYS):
         check_batch(loaded, next(iter(made)), data.name)
     return made
 
@@ -177,6 +200,13 @@ def sample(order: Order, loaded: LoadedModel) -> Any:
     first = dataclasses.replace(order, samples=1, batch_size=1)
     made = calibration(first, loaded)
     return None if made is None else next(iter(made))
+
+
+def with_batch(path: Path, data: str, *, trust_remote_code: bool) -> tuple[pipeline.Run, Any]:
+    """A run that was loaded again, and a batch of ``data`` that fits it."""
+    run = pipeline.load(path, trust_remote_code=trust_remote_code)
+    made = drawn(open_data(data), run.loaded, batch_size=2, samples=None, otherwise=2)
+    return run, next(iter(made))
 
 
 @torch.no_grad()
@@ -209,10 +239,14 @@ def _described(value: Any) -> str:
 def _check_outputs(order: Order) -> None:
     """Raise ``UserError`` now for what could not be written later."""
     for layout in order.layouts:
-        exporter(layout)
+        exporter(layout, pipeline.LAYOUTS)
     if order.layouts and order.out is None:
         raise UserError(f"--layout {order.layouts[0]} is written into the run directory: say which, --out RUN")
-    if order.out is not None:
+    if order.out is not None and is_graph_file(order.out):
+        if order.layouts:
+            raise UserError(f"--out {order.out} is one graph: layouts need a run directory, such as --out RUN")
+        pipeline.check_graph_target(order.out)
+    elif order.out is not None:
         check_run_target(order.out)
 
 

@@ -40,7 +40,7 @@ class Fidelity:
     def outputs(self, loaded: LoadedModel) -> Outputs:
         """One pass over the data."""
         self.check(loaded)
-        if loaded.kind in _ENCODERS and self.data.kind is not DataKind.BATCHES:
+        if loaded.kind in _ENCODERS and self.data.kind not in (DataKind.BATCHES, DataKind.ARRAYS):
             return Outputs(torch.split(self._embeddings(loaded), 1), are_logits=False)
         return Outputs(tuple(self._logits(loaded)), are_logits=loaded.kind is not ModelKind.MODULE)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ def write_run(
     record: RunRecord,
     source_directory: Path | None,
     out: Path,
+    write_skeleton: Callable[[Path], None] = lambda directory: None,
     trust_remote_code: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> RunRecord:
@@ -48,6 +50,7 @@ def write_run(
         record: What is known of the run so far; ``write_record`` replaces it later.
         source_directory: Where the model's own files lie; ``None`` for a model without a directory.
         out: Final name; an earlier run there is replaced at the very end.
+        write_skeleton: Adds what is needed to build the model again (``Door.write_skeleton``).
         trust_remote_code: Copy the model's Python files, too.
         max_shard_bytes: Size of one weights file.
 
@@ -65,6 +68,7 @@ def write_run(
         source_directory=source_directory,
         trust_remote_code=trust_remote_code,
     ) as partial:
+        write_skeleton(partial)
         (partial / "plan.json").write_text(plan.to_json() + "\n", encoding="utf-8")
         (partial / "recipe.yaml").write_text(recipe, encoding="utf-8")
         with ShardWriter(partial, stem=STEM, max_shard_bytes=max_shard_bytes) as writer:

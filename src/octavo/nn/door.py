@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ from octavo.nn.fusion import Member, shared_amaxes
 from octavo.nn.quantizer import ActivationQuantizer, Mode, Quantizer, WeightQuantizer
 from octavo.nn.sites import Site, find_sites
 from octavo.nn.snapshot import TorchSnapshot, stored_parameter
+from octavo.nn.state import load_tensors, ranges_of, replace_scales, set_ranges
+from octavo.numerics.snapshot import LayerSnapshot
 from octavo.sources.feeding import feed
 from octavo.spec.facts import ModelFacts
 from octavo.spec.plan import Plan
@@ -131,6 +135,38 @@ class TorchDoor:
         if uncalibrated:
             raise UserError(f"quantizer '{uncalibrated[0]}' has no range yet: calibrate first")
         return TorchSnapshot(self.model)
+
+    def restore(self, plan: Plan, tensors: Mapping[str, torch.Tensor], layers: Iterable[LayerSnapshot]) -> None:
+        """See ``Door.restore``."""
+        load_tensors(self.model, dict(tensors))
+        self.prepare(plan)
+        set_ranges(self.model, ranges_of(layers).get)
+
+    def simulated_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """See ``Door.simulated_weights``."""
+        return simulated_weights(self.model)
+
+    def activation_scales(self) -> dict[str, float]:
+        """See ``Door.activation_scales``."""
+        return activation_scales(self.model)
+
+    @torch.no_grad()
+    def twin(
+        self,
+        weights: Mapping[str, torch.Tensor],
+        tensors: Mapping[str, torch.Tensor],
+        scales: Mapping[str, torch.Tensor],
+    ) -> TorchDoor:
+        """See ``Door.twin``."""
+        model = copy.deepcopy(self.model)
+        slots = model.state_dict(keep_vars=True)
+        for key, value in (*weights.items(), *tensors.items()):
+            slots[key].copy_(value)
+        replace_scales(model, scales)
+        return TorchDoor(model, self.source)
+
+    def write_skeleton(self, directory: Path) -> None:
+        """See ``Door.write_skeleton``: a torch model is built from its configuration or its class."""
 
     def strip(self) -> None:
         """See ``Door.strip``."""

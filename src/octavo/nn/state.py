@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,9 @@ from octavo.nn.parametrized import make_plain_for_good, sources_of
 from octavo.nn.quantizer import ActivationQuantizer, Mode
 from octavo.nn.surgery import quantizers
 from octavo.numerics.qtensor import QTensor
+from octavo.numerics.snapshot import LayerSnapshot
+from octavo.spec.facts import Slot
+from octavo.spec.select import quantizer_name
 
 
 def set_ranges(model: nn.Module, ranges: Callable[[str], tuple[Tensor | QTensor, Tensor | None] | None]) -> None:
@@ -62,3 +65,15 @@ def load_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             f"the run's tensors are not those of a {type(model).__name__}: "
             f"missing {missing[:3]}, unknown {list(result.unexpected_keys)[:3]}"
         )
+
+
+def ranges_of(layers: Iterable[LayerSnapshot]) -> dict[str, tuple[Tensor | QTensor, Tensor | None]]:
+    """Quantizer name -> scale and zero point, of every static quantizer that was on."""
+    ranges: dict[str, tuple[Tensor | QTensor, Tensor | None]] = {}
+    for layer in layers:
+        if layer.weight is not None and layer.weight.scale is not None:
+            ranges[quantizer_name(layer.name, Slot.WEIGHT)] = layer.weight.scale, layer.weight.zero_point
+        for slot, activation in layer.activations.items():
+            if activation.scale is not None:
+                ranges[quantizer_name(layer.name, slot)] = activation.scale, activation.zero_point
+    return ranges

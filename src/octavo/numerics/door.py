@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from octavo.numerics.qtensor import QTensor
-from octavo.numerics.snapshot import Snapshot
+from octavo.numerics.snapshot import LayerSnapshot, Snapshot
 from octavo.numerics.statistics import InputStatistics, Need
 from octavo.spec.facts import ModelFacts
 from octavo.spec.plan import Plan, QuantizerSpec
@@ -227,6 +228,41 @@ class Door(Protocol):
 
     def snapshot(self) -> Snapshot:
         """What exporters see."""
+        ...
+
+    def restore(self, plan: Plan, tensors: Mapping[str, Tensor], layers: Iterable[LayerSnapshot]) -> None:
+        """Prepare with ``plan``, with weights and ranges from a run's files instead of from calibration.
+
+        Args:
+            plan: Of the run.
+            tensors: Everything that the model had, by name, the quantized weights as what their codes mean.
+            layers: The run's snapshot.
+
+        Raises:
+            UserError: the tensors are not this model's.
+        """
+        ...
+
+    def simulated_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Name of every quantized weight, and the rounded values that the simulation computes with."""
+        ...
+
+    def activation_scales(self) -> Mapping[str, float]:
+        """Full quantizer name -> scale, of every static activation quantizer that is on."""
+        ...
+
+    def twin(self, weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> Door:
+        """A copy of the simulation that computes with other values, found by whoever checks files.
+
+        Args:
+            weights: Name -> simulated value, in the parameter's shape.
+            tensors: Name -> value of what is not quantized.
+            scales: Quantizer -> scale.
+        """
+        ...
+
+    def write_skeleton(self, directory: Path) -> None:
+        """Write what is needed, besides tensors and the model's own files, to build the model again."""
         ...
 
     def strip(self) -> None:

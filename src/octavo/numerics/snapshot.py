@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -71,4 +71,37 @@ class Snapshot(Protocol):
 
     def tied(self) -> Mapping[str, str]:
         """State-dict keys that are other names of a tensor: ``alias -> owner``."""
+        ...
+
+
+class Agreement(Protocol):
+    """One written file held against the simulation, by who can run it."""
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the file means what was simulated."""
+        ...
+
+    @property
+    def num_weights(self) -> int:
+        """Quantized weights compared."""
+        ...
+
+    @property
+    def num_values(self) -> int:
+        """Values in them."""
+        ...
+
+    @property
+    def different_weights(self) -> Mapping[str, int]:
+        """Weight quantizer -> how many of its values differ."""
+        ...
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Weights that only the file has."""
+        ...
+
+    def to_json_object(self) -> dict[str, Any]:
+        """Plain JSON values: ``file``, ``runtime``, ``refusals``, ``num_nodes``, ``worst_node``, ``cosine`` ..."""
         ...

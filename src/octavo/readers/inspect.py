@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from octavo.readers.checkpoint import Checkpoint
+from octavo.readers.graph_file import is_graph, read_graphs
 from octavo.readers.opening import open_checkpoint
 
 INSPECTION_SCHEMA = "octavo.inspection/1"
@@ -67,17 +68,28 @@ class Inspection:
 
 
 def inspect(path: Path) -> Inspection:
-    """Look into the checkpoint ``path``: every header, and the values of the scales.
+    """Look into the checkpoint or ``.onnx`` file ``path``: every header, and the values of the scales.
 
     Raises:
         UserError: no checkpoint there, or its files do not fit together.
     """
+    if is_graph(path):
+        return _of_graph(path)
     checkpoint = open_checkpoint(path)
     rows = tuple(_rows(checkpoint))
     counts = tuple(_count(rows))
     concerns = tuple(_concerns(checkpoint))
     total = sum(row.num_bytes for row in rows)
     return Inspection(str(path), checkpoint.layout, dict(checkpoint.facts), rows, counts, concerns, total)
+
+
+def _of_graph(path: Path) -> Inspection:
+    graph = read_graphs(path)
+    rows = tuple(Row(e.name, e.kind, e.format, e.dtype, e.shape, e.num_values, e.num_bytes) for e in graph.entries)
+    scales = {name: values for entry in graph.entries for name, values in entry.scales.items()}
+    concerns = tuple(concern for name, values in scales.items() for concern in suspicious_scale(name, values))
+    total = sum(row.num_bytes for row in rows)
+    return Inspection(str(path), "onnx", dict(graph.facts), rows, tuple(_count(rows)), concerns, total)
 
 
 def _rows(checkpoint: Checkpoint) -> Iterator[Row]:

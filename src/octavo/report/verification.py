@@ -15,7 +15,7 @@ _MOST = 8
 
 def verification_view(result: Mapping[str, Any], directory: str) -> RenderableType:
     """What was compared, and the first of whatever does not agree; ``result`` is the ``--json`` object."""
-    lines = [Text.assemble((directory, "bold"), "  ", _verdict(result["agrees"]))]
+    lines = [Text.assemble((directory, "bold"), "  ", _verdict(result["agrees"], is_run="graphs" in result))]
     lines.append(
         Text(
             f"{count_text(result['num_weights'], 'quantized weight')}, "
@@ -30,6 +30,7 @@ def verification_view(result: Mapping[str, Any], directory: str) -> RenderableTy
                 f"largest difference {result['worst_output']:.3g}"
             )
         )
+    lines += [Text(_graph_text(graph)) for graph in result.get("graphs", ())]
     if result["narrowed"]:
         narrowed = count_text(len(result["narrowed"]), "tensor")
         lines.append(Text(f"{narrowed} stored in a narrower dtype, and compared in it"))
@@ -42,5 +43,30 @@ def verification_view(result: Mapping[str, Any], directory: str) -> RenderableTy
     return Group(*lines)
 
 
-def _verdict(agrees: bool) -> Text:
-    return Text("means what was simulated, bit for bit", "green") if agrees else Text("differs", "bold red")
+def _graph_text(graph: Mapping[str, Any]) -> str:
+    """What running one file said."""
+    if not graph["runtime"]:
+        return f"{graph['file']}: weights only; give --data to run it"
+    refused = f" ({'; '.join(graph['refusals'])})" if graph["refusals"] else ""
+    worst = graph["worst_node"]
+    codes = ""
+    if worst is not None:
+        codes = (
+            f"; fed the same input, {graph['num_nodes']} quantized nodes give at least "
+            f"{100 * worst['share_equal']:.3f} % equal codes, the worst {worst['worst']} off"
+        )
+    unfused = graph["unfused"]
+    if unfused:
+        codes += f"; {count_text(len(unfused), 'product')} not fused, computed in float: {', '.join(unfused[:4])}"
+        codes += ", ..." if len(unfused) > 4 else ""
+    for name, built in graph["engines"].items():
+        codes += f"; TensorRT builds for {name}" if isinstance(built, int) else f"; TensorRT for {name}: {built}"
+    return (
+        f"{graph['file']} runs in {graph['runtime']}{refused}: cosine to the unquantized model {graph['cosine']:.4f}, "
+        f"simulated {graph['simulated_cosine']:.4f}{codes}"
+    )
+
+
+def _verdict(agrees: bool, *, is_run: bool) -> Text:
+    how = "" if is_run else ", bit for bit"
+    return Text(f"means what was simulated{how}", "green") if agrees else Text("differs", "bold red")

@@ -71,6 +71,10 @@ def batches(
         chosen = list(data.samples[:num_samples])
         return Batches(chosen, _same, num_samples=len(chosen))
     rng = random.Random(seed)
+    if data.kind is DataKind.ARRAYS:
+        rows = [data.samples[i] for i in sorted(_draw(len(data.samples), num_samples, data, rng))]
+        groups = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+        return Batches(groups, _joined, num_samples=len(rows))
     if loaded.kind is ModelKind.CAUSAL_LM and data.whole_text is not None:
         return _windows(data, loaded, batch_size, num_samples, max_length, rng)
     samples, make = inputs_of(data, loaded, max_length)
@@ -82,7 +86,7 @@ def batches(
 def check_fit(data: Dataset, loaded: LoadedModel) -> None:
     """Raise ``UserError`` unless the samples of ``data`` can be made into inputs of ``loaded``."""
     has = data.kind
-    if has is DataKind.BATCHES or (loaded.kind is ModelKind.MODULE and loaded.collate is not None):
+    if has in (DataKind.BATCHES, DataKind.ARRAYS) or (loaded.kind is ModelKind.MODULE and loaded.collate is not None):
         return
     name = f"data '{data.name}'"
     if loaded.kind is ModelKind.DUAL_ENCODER:
@@ -204,6 +208,10 @@ def _by_length(samples: list[Sample], batch_size: int, rng: random.Random) -> li
     chunks = [samples[i : i + batch_size] for i in range(0, len(samples), batch_size)]
     rng.shuffle(chunks)
     return chunks
+
+
+def _joined(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
 
 def _same(batch: Any) -> Any:

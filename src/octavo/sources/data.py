@@ -10,6 +10,7 @@ import numpy as np
 
 from octavo.demo import tasks
 from octavo.errors import UserError
+from octavo.sources.arrays import ARRAY_SUFFIXES, holds_arrays, read_arrays
 from octavo.sources.extras import import_callable, is_callable_name
 from octavo.sources.files import (
     JSON_SUFFIXES,
@@ -40,6 +41,8 @@ def open_data(spec: str | Path) -> Dataset:
     path = Path(name).expanduser()
     if name.startswith("demo:"):
         return _open_demo(name)
+    if path.is_dir() and holds_arrays(path):
+        return read_arrays(path, name)
     if path.is_dir():
         return _open_directory(path, name)
     if path.is_file():
@@ -83,7 +86,9 @@ def _open_file(path: Path, name: str) -> Dataset:
         return read_json_lines(path, name)
     if suffix in TABLE_SUFFIXES:
         return open_local_tables(path, name)
-    known = ", ".join((*TEXT_SUFFIXES, *JSON_SUFFIXES, *TABLE_SUFFIXES))
+    if suffix in ARRAY_SUFFIXES:
+        return read_arrays(path, name)
+    known = ", ".join((*TEXT_SUFFIXES, *JSON_SUFFIXES, *TABLE_SUFFIXES, *ARRAY_SUFFIXES))
     raise UserError(f"data '{name}': files ending in '{path.suffix}' are not read; known are {known}, and folders")
 
 

@@ -79,8 +79,6 @@ def check_weights(directory: Path) -> None:
 
 def _file_problem(path: Path) -> str:
     match path.suffix:
-        case ".onnx":
-            return f"model '{path}': ONNX files are not supported by this version; give the PyTorch model it came from"
         case ".gguf":
             return f"model '{path}': a GGUF file is already quantized; give the Hugging Face directory it came from"
         case suffix if suffix in _PICKLES:

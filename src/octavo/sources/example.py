@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from octavo.errors import UserError
+from octavo.sources.graphs import GRAPH_FILE, GraphModule
 from octavo.sources.inputs import image_inputs, text_inputs
 from octavo.sources.kinds import ModelKind
 from octavo.sources.models import LoadedModel
@@ -25,6 +26,8 @@ def example_inputs(loaded: LoadedModel) -> dict[str, Tensor] | None:
 
     The model's own tokenizer and image processor are used where they are, else shapes from its configuration.
     """
+    if isinstance(loaded.model, GraphModule):
+        return None if loaded.model.path.name == GRAPH_FILE else loaded.model.example()
     try:
         made = _from_processor(loaded)
     except UserError as error:

@@ -14,14 +14,14 @@ from octavo.errors import MissingExtra, UserError
 _OBJECT = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
-def require(package: str, *, needed_for: str) -> None:
-    """Raise ``MissingExtra`` when a package of the ``hf`` extra is not installed."""
+def require(package: str, *, needed_for: str, extra: str = "hf") -> None:
+    """Raise ``MissingExtra`` when a package of an ``extra`` is not installed."""
     try:
         importlib.import_module(package)
     except ModuleNotFoundError as error:
         if error.name != package:
             raise
-        raise MissingExtra({"PIL": "pillow"}.get(package, package), "hf", needed_for) from error
+        raise MissingExtra({"PIL": "pillow"}.get(package, package), extra, needed_for) from error
 
 
 def is_callable_name(source: str) -> bool:

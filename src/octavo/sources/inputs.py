@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from octavo.errors import UserError
+from octavo.sources.graphs import GraphModule
 from octavo.sources.kinds import ModelKind
 from octavo.sources.models import LoadedModel
 from octavo.sources.processors import Processor
@@ -93,7 +94,10 @@ def _takes(kind: ModelKind) -> str:
 
 def _accepted(loaded: LoadedModel, encoded: dict[str, Tensor]) -> dict[str, Tensor]:
     """A tokenizer may give more than the model takes (``token_type_ids``)."""
-    names = inspect.signature(loaded.model.forward).parameters
+    if isinstance(loaded.model, GraphModule):
+        names: Collection[str] = loaded.model.input_names
+    else:
+        names = inspect.signature(loaded.model.forward).parameters
     return {key: value for key, value in encoded.items() if key in names}
 
 

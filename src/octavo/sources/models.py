@@ -15,6 +15,7 @@ from octavo.demo import model_path
 from octavo.errors import UserError
 from octavo.sources.directories import find_directory
 from octavo.sources.extras import import_callable, is_callable_name
+from octavo.sources.graphs import GRAPH_FILE, GraphModule
 from octavo.sources.kinds import ModelKind, embeds_both, kind_of_class
 from octavo.sources.pretrained import DTYPES, build_untrained, load_pretrained
 from octavo.sources.processors import Processor, TextRules, wrap_processor
@@ -55,16 +56,22 @@ class LoadedModel:
 
 
 def open_model(
-    source: str | Path, *, device: str = "cpu", dtype: str | None = None, trust_remote_code: bool = False
+    source: str | Path,
+    *,
+    device: str = "cpu",
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+    processor: str | Path | None = None,
 ) -> LoadedModel:
     """Open a model as the command line names it.
 
     Args:
-        source: a Hugging Face directory or id, ``package.module:factory`` (a function without arguments that
-            returns a module, or a module and its processor), or ``demo:NAME``.
+        source: a Hugging Face directory or id, an ``.onnx`` file, ``package.module:factory`` (a function without
+            arguments that returns a module, or a module and its processor), or ``demo:NAME``.
         device: as torch spells it.
         dtype: ``float32`` (the default), ``float16``, ``bfloat16``, or ``auto`` for the checkpoint's own.
         trust_remote_code: run code that lies beside the weights.
+        processor: a directory with the tokenizer and image processor of an ``.onnx`` file.
 
     Raises:
         UserError: the model cannot be opened; the message says why and what to do.
@@ -72,6 +79,10 @@ def open_model(
     source = str(source)
     target = check_device(device)
     _check_dtype(dtype)
+    if source.endswith(".onnx"):
+        return open_graph_model(Path(source), device=target, dtype=dtype, processor=processor)
+    if processor is not None:
+        raise UserError(f"a processor of its own ({processor}) is for .onnx files; '{source}' brings its own")
     if source.startswith("demo:"):
         directory = model_path(source.removeprefix("demo:"))
     elif is_callable_name(source) and not Path(source).exists():
@@ -92,8 +103,57 @@ def open_untrained(
     """
     target = check_device(device)
     _check_dtype(dtype)
+    if (directory / GRAPH_FILE).is_file():
+        own = directory if (directory / "config.json").is_file() else None
+        return open_graph_model(directory / GRAPH_FILE, device=target, dtype=None, processor=own)
     model = build_untrained(directory, dtype=dtype or "float32", trust_remote_code=trust_remote_code)
     return _describe(model.to(target).eval(), str(directory), directory, trust_remote_code=trust_remote_code)
+
+
+def describes_model(directory: Path) -> bool:
+    """Whether ``open_untrained`` can build the model of ``directory``."""
+    return any((directory / name).is_file() for name in ("config.json", GRAPH_FILE))
+
+
+def open_graph_model(
+    path: Path, *, device: torch.device, dtype: str | None, processor: str | Path | None
+) -> LoadedModel:
+    """An ``.onnx`` file, with the tokenizer and image processor of a directory if one is given.
+
+    Raises:
+        UserError: no such file or directory, or a device or dtype that a graph in a file does not have.
+    """
+    if not path.is_file():
+        raise UserError(f"model '{path}': there is no such file")
+    if device.type != "cpu":
+        raise UserError(f"model '{path}': ONNX files are calibrated by onnxruntime on the CPU, not on '{device}'")
+    if dtype not in (None, "auto"):
+        raise UserError(
+            f"model '{path}': a graph computes in the types that it has; --dtype {dtype} is for torch models"
+        )
+    module = GraphModule(path)
+    if processor is None:
+        return LoadedModel(module, ModelKind.MODULE, str(path))
+    directory = Path(processor)
+    if not directory.is_dir():
+        raise UserError(f"processor '{processor}': there is no such directory; it holds the tokenizer's files")
+    head = read_sentence_head(directory)
+    rules = TextRules(max_length=head.max_length if head else None, is_lower_case=head.is_lower_case if head else False)
+    kind = _kind_of_graph(module)
+    return LoadedModel(module, kind, str(path), directory, Processor(directory, rules=rules), head)
+
+
+def _kind_of_graph(module: GraphModule) -> ModelKind:
+    """What a graph is, from what goes in and comes out."""
+    ranks = {value.name: len(value.shape or ()) for value in module.session.get_outputs()}
+    takes_texts = "input_ids" in module.input_names
+    if takes_texts and "pixel_values" in module.input_names:
+        return ModelKind.MODULE
+    if "logits" not in ranks:
+        return ModelKind.TEXT_ENCODER if takes_texts else ModelKind.IMAGE_ENCODER
+    if takes_texts:
+        return ModelKind.CAUSAL_LM if ranks["logits"] == 3 else ModelKind.TEXT_CLASSIFIER
+    return ModelKind.IMAGE_CLASSIFIER
 
 
 def describe_module(model: nn.Module, processor: Any = None) -> LoadedModel:

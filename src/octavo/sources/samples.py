@@ -43,6 +43,7 @@ class DataKind(Enum):
     LABELLED_TEXTS = "texts by class"
     IMAGES = "pictures"
     BATCHES = "ready batches"
+    ARRAYS = "arrays by the names of a model's inputs"
 
     @property
     def has_texts(self) -> bool:
@@ -62,7 +63,8 @@ class Dataset:
     ``name`` is what the user wrote. ``whole_text`` is the text file that the samples are paragraphs of.
     ``templates`` are the sentences that a class name is put into (``"a photo of a {}."``).
     Of samples that are ``is_in_random_order`` the first few are as good as any: the others need not be made.
-    The samples of ``DataKind.BATCHES`` are batches, as the user's function gave them.
+    The samples of ``DataKind.BATCHES`` are batches, as the user's function gave them; those of ``DataKind.ARRAYS`` are
+    dicts of tensors with a first axis of one.
     """
 
     name: str

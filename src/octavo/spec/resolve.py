@@ -9,7 +9,8 @@ How rules combine, for every slot of every site:
    reaches these only through a pattern that matches nothing else (``operation:norm``, ``*.layer_norm1``, ``*.router``),
    never through a broad one (``*input_quantizer``).
 4. A site with an obstacle stays as it is, and says why. A site that uses another's parameter is decided there.
-5. Every pattern of a rule must match something, and every slot of a scheme must exist at one of the selected sites,
+5. A target rewrites what the rules gave: zero points, weight bits, granularity (``spec/targets.py``).
+6. Every pattern of a rule must match something, and every slot of a scheme must exist at one of the selected sites,
    unless the rule is optional. A format that does not fit a weight, and a recipe that quantizes nothing, are errors.
 """
 
@@ -21,6 +22,7 @@ from dataclasses import dataclass, field, replace
 from typing import assert_never
 
 from octavo.errors import UserError
+from octavo.spec.element import IntFormat
 from octavo.spec.experts import format_for
 from octavo.spec.facts import QUANTIZER_NAMES, ModelFacts, Role, SiteFacts, Slot
 from octavo.spec.plan import Decision, Plan, QuantizerSpec
@@ -28,6 +30,7 @@ from octavo.spec.recipe import Recipe
 from octavo.spec.rule import Leave, Rule
 from octavo.spec.select import Pattern, parse_pattern
 from octavo.spec.suggest import no_match_message
+from octavo.spec.targets import Target, target_named
 from octavo.spec.tensor_format import PerGroup
 
 _MOST_MISFITS = 3
@@ -37,10 +40,12 @@ def resolve(recipe: Recipe, facts: ModelFacts, target: str = "") -> Plan:
     """Decide every site of a model.
 
     Raises:
-        UserError: a pattern matches nothing, a slot exists nowhere, formats do not fit, or nothing is quantized.
+        UserError: a pattern matches nothing, a slot exists nowhere, formats do not fit, nothing is quantized, or the
+            target is unknown or cannot run what is asked for.
     """
+    runtime = target_named(target)
     rules = [_bind(recipe, index, facts) for index in range(len(recipe.rules))]
-    decisions = tuple(_decide(site, rules) for site in facts.sites)
+    decisions = tuple(for_target(_decide(site, rules), runtime) for site in facts.sites)
     _refuse_misfits(decisions)
     warnings = (*_warnings(rules, facts), *_unreached(decisions))
     experts = recipe.calibration.experts if facts.experts else None
@@ -151,6 +156,24 @@ def _decide(site: SiteFacts, rules: Sequence[_BoundRule]) -> Decision:
 def _fitted(slot: Slot, spec: QuantizerSpec, site: SiteFacts) -> QuantizerSpec:
     """In a stack of weights (experts) each matrix has scales of its own."""
     return replace(spec, format=format_for(spec.format, site.weight_shape)) if slot is Slot.WEIGHT else spec
+
+
+def for_target(decision: Decision, target: Target) -> Decision:
+    """The decision as the target runs it.
+
+    Raises:
+        UserError: it cannot.
+    """
+    inputs = [spec for slot, spec in decision.scheme.items() if slot is not Slot.WEIGHT]
+    meets_integers = any(isinstance(spec.format.element, IntFormat) for spec in inputs)
+    scheme = {}
+    for slot, spec in decision.scheme.items():
+        problem = target.problem(decision.site, slot, spec.format, is_dynamic=spec.is_dynamic)
+        if problem:
+            raise UserError(problem)
+        fmt = target.format(slot, spec.format, is_dynamic=spec.is_dynamic, meets_integers=meets_integers)
+        scheme[slot] = replace(spec, format=fmt)
+    return replace(decision, scheme=scheme)
 
 
 def _apply(bound: _BoundRule, site: SiteFacts, draft: _Draft) -> None:

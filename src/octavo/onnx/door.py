@@ -1,0 +1,310 @@
+"""The ONNX door: one graph seen from outside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from octavo.errors import UserError
+from octavo.numerics.arrays import array_of, tensor_of
+from octavo.numerics.observers import NotFiniteError, Observer, make_observer
+from octavo.numerics.qtensor import QTensor, quantize
+from octavo.numerics.scaling import scale_from_range, search_scale
+from octavo.numerics.snapshot import LayerSnapshot
+from octavo.onnx.graph import GraphSite, facts_of, find_sites, macs_of
+from octavo.onnx.marked import Found, Range, marked, quantizers_of, rounded, simulated
+from octavo.onnx.opening import open_graph
+from octavo.onnx.segments import Segments
+from octavo.onnx.sessions import session_of
+from octavo.onnx.skeleton import filled, write_skeleton
+from octavo.onnx.snapshot import GraphSnapshot
+from octavo.sources.feeding import feed
+from octavo.sources.graphs import GRAPH_FILE, Arrays, GraphModule
+from octavo.spec.facts import ModelFacts, Slot
+from octavo.spec.plan import Plan, QuantizerSpec
+from octavo.spec.select import quantizer_name
+
+
+class OnnxDoor:
+    """``numerics.door.Door`` for a graph in a file; the file is only read.
+
+    Args:
+        module: The graph.
+        source: What the user called it.
+        sample: One batch, for the shapes that multiply-adds follow from; ``None``: they stay unknown.
+    """
+
+    def __init__(self, module: GraphModule, source: str = "", sample: Any = None) -> None:
+        self.module = module
+        self.source = source or module.path.name
+        self._sample = sample
+        self._known: tuple[ir.Model, ModelFacts, dict[str, GraphSite]] | None = None
+        self._plan: Plan | None = None
+        self._found = Found({}, {})
+        self._disabled: frozenset[str] = frozenset()
+        self._sessions: dict[frozenset[str], Any] = {}
+        self._observers: dict[str, Observer] = {}
+
+    def _look(self) -> tuple[ir.Model, ModelFacts, dict[str, GraphSite]]:
+        if self._known is None:
+            model = open_graph(self.module.path)
+            sites = find_sites(model)
+            shapes = {} if self._sample is None else self._shapes(model, sites)
+            if shapes:
+                sites = [_with_macs(site, macs_of(site, shapes)) for site in sites]
+            self._know(model, sites, was_traced=bool(shapes))
+        assert self._known is not None
+        return self._known
+
+    def _know(self, model: ir.Model, sites: Sequence[GraphSite] = (), *, was_traced: bool = False) -> None:
+        sites = sites or find_sites(model)
+        facts = facts_of(model, sites, self.source, was_traced=was_traced)
+        self._known = model, facts, {site.facts.name: site for site in sites}
+
+    def _shapes(self, model: ir.Model, sites: Sequence[GraphSite]) -> dict[str, tuple[int, ...]]:
+        """Shapes of everything that sites read and give, from one forward pass on the sample."""
+        values = [operand.value for site in sites for slot, operand in site.operands.items() if slot is not Slot.WEIGHT]
+        shapes: dict[str, tuple[int, ...]] = {}
+        segments = Segments(model, {str(value.name) for value in values})
+
+        def run(arrays: Arrays) -> Arrays:
+            return segments.run(dict(arrays), lambda name, value: shapes.update({name: value.shape}))
+
+        self.module.simulate(run)
+        try:
+            self.run(self._sample)
+        finally:
+            self.module.simulate(None)
+        return shapes
+
+    def facts(self) -> ModelFacts:
+        """See ``Door.facts``."""
+        return self._look()[1]
+
+    def prepare(self, plan: Plan) -> None:
+        """See ``Door.prepare``."""
+        if self._plan is not None:
+            raise UserError("this graph has octavo's quantizers already: take them out first with octavo.strip(model)")
+        self._look()
+        self._plan = plan
+        self._observers = _observers(plan, self._look()[2])
+        self._found = Found({}, {}, [name for name, _ in plan.quantizers()])
+        self.module.marked = self._marked
+        self.module.simulate(self._simulate)
+
+    @torch.no_grad()
+    def run(self, batch: Any) -> Any:
+        """See ``Door.run``."""
+        return feed(self.module, batch)
+
+    @contextmanager
+    def observe(self) -> Iterator[None]:
+        """See ``Door.observe``: the graph runs in pieces, and each tensor is looked at and dropped."""
+        tensors: dict[str, dict[int, tuple[str, Observer]]] = {}
+        for name, _, site, slot in self._quantizers():
+            if name in self._observers:
+                observer = self._observers[name]
+                tensors.setdefault(str(site.operands[slot].value.name), {})[id(observer)] = (name, observer)
+        segments = Segments(self._look()[0], tensors)
+
+        def look(tensor: str, value: np.ndarray[Any, Any]) -> None:
+            for name, observer in tensors[tensor].values():
+                _update(name, observer, value)
+
+        self.module.simulate(lambda arrays: segments.run(dict(arrays), look))
+        try:
+            yield
+        finally:
+            self.module.simulate(self._simulate)
+
+    def finish_calibration(self) -> Mapping[str, str]:
+        """See ``Door.finish_calibration``. Weights are looked at here, once."""
+        model = self._look()[0]
+        ranges: dict[str, Range] = {}
+        off: dict[str, str] = {}
+        weights: dict[str, QTensor | Tensor] = {}
+        for name, spec, site, slot in self._quantizers():
+            if slot is Slot.WEIGHT:
+                weights[site.facts.name] = _codes(name, spec, site, model)
+            elif name in self._observers:
+                found = _range(self._observers[name], spec)
+                if isinstance(found, str):
+                    off[name] = found
+                else:
+                    ranges[name] = found
+        self._settle(Found(ranges, weights, tuple(off)))
+        return off
+
+    def _settle(self, found: Found) -> None:
+        self._found = found
+        self._sessions.clear()
+        self._observers = {}
+
+    def expert_tokens(self) -> Mapping[str, Sequence[int]]:
+        """See ``Door.expert_tokens``: a graph does not say which products are experts."""
+        return {}
+
+    def quantizer_names(self) -> Sequence[str]:
+        """See ``Door.quantizer_names``; those that stay off are not among them."""
+        return [name for name, _, _, _ in self._quantizers() if name not in self._found.off]
+
+    @contextmanager
+    def disabled(self, names: Callable[[str], bool]) -> Iterator[None]:
+        """See ``Door.disabled``."""
+        before = self._disabled
+        self._disabled = before | {name for name in self.quantizer_names() if names(name)}
+        try:
+            yield
+        finally:
+            self._disabled = before
+
+    def _simulate(self, arrays: Arrays) -> Arrays:
+        session = self._session()
+        outputs = [value.name for value in session.get_outputs()]
+        return dict(zip(outputs, session.run(None, dict(arrays)), strict=True))
+
+    def _session(self) -> Any:
+        """Of the graph with the quantizers that are on; the last two are kept."""
+        off = frozenset(self._found.off) | self._disabled
+        if off not in self._sessions:
+            assert self._plan is not None
+            model, _, sites = self._look()
+            known = Found(self._found.ranges, self._found.weights, off)
+            while len(self._sessions) > 1:
+                self._sessions.pop(next(iter(self._sessions)))
+            self._sessions[off] = session_of(simulated(model, self._plan, sites, known))
+        return self._sessions[off]
+
+    def _quantizers(self) -> list[tuple[str, QuantizerSpec, GraphSite, Slot]]:
+        return [] if self._plan is None else quantizers_of(self._plan, self._look()[2])
+
+    def _marked(self) -> ir.Model:
+        """The graph with a node for every quantizer, for who writes it."""
+        assert self._plan is not None
+        model, _, sites = self._look()
+        return marked(model, self._plan, sites, self._found)
+
+    def snapshot(self) -> GraphSnapshot:
+        """See ``Door.snapshot``."""
+        assert self._plan is not None
+        model, _, sites = self._look()
+        return GraphSnapshot(model, self._plan, sites, self._found)
+
+    def restore(self, plan: Plan, tensors: Mapping[str, Tensor], layers: Iterable[LayerSnapshot]) -> None:
+        """See ``Door.restore``."""
+        model = filled(self.module.path, tensors)
+        self.module.reopen(lambda: session_of(model))
+        self._know(model)
+        ranges: dict[str, Range] = {}
+        weights: dict[str, QTensor | Tensor] = {}
+        for layer in layers:
+            if layer.weight is not None:
+                weights[layer.name] = layer.weight
+            for slot, activation in layer.activations.items():
+                if isinstance(activation.scale, Tensor):
+                    ranges[quantizer_name(layer.name, slot)] = activation.scale, activation.zero_point
+        self.prepare(plan)
+        on = {*ranges, *(quantizer_name(name, Slot.WEIGHT) for name in weights)}
+        off = [
+            n
+            for n, spec, _, slot in self._quantizers()
+            if n not in on and not (spec.is_dynamic and slot is not Slot.WEIGHT)
+        ]
+        self._settle(Found(ranges, weights, off))
+
+    def simulated_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """See ``Door.simulated_weights``."""
+        for name, _, site, slot in self._quantizers():
+            if slot is Slot.WEIGHT and name not in self._found.off:
+                yield site.facts.weight_name, rounded(site, self._found.weights[site.facts.name])
+
+    def activation_scales(self) -> Mapping[str, float]:
+        """See ``Door.activation_scales``."""
+        return {name: float(scale) for name, (scale, _) in self._found.ranges.items()}
+
+    def twin(
+        self, weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor], scales: Mapping[str, Tensor]
+    ) -> OnnxDoor:
+        """See ``Door.twin``."""
+        assert self._plan is not None
+        model = self._look()[0].clone()
+        for name, value in tensors.items():
+            model.graph.initializers[name].const_value = ir.Tensor(array_of(value), name=name)
+        twin = OnnxDoor(GraphModule(self.module.path), self.source)
+        twin.module.reopen(lambda: session_of(model))
+        twin._know(model)
+        twin.prepare(self._plan)
+        ranges = {name: (scales.get(name, scale), zero) for name, (scale, zero) in self._found.ranges.items()}
+        by_site = {
+            s.facts.name: weights[s.facts.weight_name] for _, _, s, slot in self._quantizers() if slot is Slot.WEIGHT
+        }
+        twin._settle(Found(ranges, by_site, self._found.off))
+        return twin
+
+    def write_skeleton(self, directory: Path) -> None:
+        """See ``Door.write_skeleton``: the graph without its weights."""
+        write_skeleton(self._look()[0], directory / GRAPH_FILE)
+
+    def strip(self) -> None:
+        """See ``Door.strip``."""
+        self.module.simulate(None)
+        self.module.marked = None
+        self._plan, self._found, self._disabled = None, Found({}, {}), frozenset()
+        self._sessions.clear()
+
+
+def _with_macs(site: GraphSite, macs: int | None) -> GraphSite:
+    return replace(site, facts=replace(site.facts, macs=macs))
+
+
+def _observers(plan: Plan, sites: Mapping[str, GraphSite]) -> dict[str, Observer]:
+    """Quantizer -> observer; one for all that read the same tensor in the same format."""
+    shared: dict[tuple[str, QuantizerSpec], Observer] = {}
+    observers = {}
+    for name, spec, site, slot in quantizers_of(plan, sites):
+        if slot is not Slot.WEIGHT and not spec.is_dynamic:
+            key = (str(site.operands[slot].value.name), spec)
+            if key not in shared:
+                shared[key] = make_observer(spec.observer, spec.format)
+            observers[name] = shared[key]
+    return observers
+
+
+def _update(name: str, observer: Observer, value: np.ndarray[Any, Any]) -> None:
+    if not value.size:
+        return
+    try:
+        observer.update(tensor_of(value).float())
+    except NotFiniteError as error:
+        raise NotFiniteError(f"quantizer '{name}': {error}") from error
+
+
+def _range(observer: Observer, spec: QuantizerSpec) -> Range | str:
+    """Scale and zero point, or why there is none."""
+    if observer.count == 0:
+        return "saw no calibration data"
+    low, high = observer.range()
+    if float(low) == 0.0 and float(high) == 0.0:
+        return "every value in the calibration data was 0"
+    return scale_from_range(low, high, spec.format)
+
+
+@torch.no_grad()
+def _codes(name: str, spec: QuantizerSpec, site: GraphSite, model: ir.Model) -> QTensor:
+    """A weight's codes, its range found by the plan's observer."""
+    assert site.view is not None
+    data = model.graph.initializers[site.facts.weight_name].const_value
+    assert data is not None
+    matrix = site.view.to_matrix(tensor_of(data.numpy())).float().contiguous()
+    if not bool(torch.isfinite(matrix).all()):
+        raise NotFiniteError(f"quantizer '{name}': the weight holds NaN or inf; the file is damaged")
+    scale = search_scale(matrix, spec.format) if spec.observer.name == "mse" else None
+    return quantize(matrix, spec.format, scale=scale)

@@ -1,0 +1,138 @@
+"""A simulated torch model as a graph, through torch's own exporter."""
+
+from __future__ import annotations
+
+import ast
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from octavo.backends import simulate
+from octavo.errors import UserError
+from octavo.onnx.fake_quantize import QUANTIZER, fake_quantize, is_fake_quantize
+from octavo.onnx.stages import INNER, Stage
+from octavo.onnx.storage import BASE_OPSET
+
+
+@torch.no_grad()
+def graph_of(stage: Stage) -> ir.Model:
+    """The graph of ``stage`` with an ``octavo.FakeQuantize`` for every quantizer.
+
+    Raises:
+        UserError: torch cannot export the model; the message carries its reason.
+    """
+    dynamic = tuple(dict.fromkeys(stage.axes.get(name, {}), torch.export.Dim.DYNAMIC) for name in stage.inputs)
+    module = stage.module.eval()
+    try:
+        with _eager_attention(module), _quiet():
+            program = torch.onnx.export(
+                module,
+                tuple(stage.inputs.values()),
+                input_names=list(stage.inputs),
+                output_names=list(stage.outputs),
+                dynamo=True,
+                opset_version=BASE_OPSET,
+                dynamic_shapes={"inputs": dynamic},
+                custom_translation_table={simulate.OPERATOR: fake_quantize},
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        cause = error.__cause__ or error
+        reason = next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
+        raise UserError(f"torch.onnx.export cannot write '{stage.name}': {reason.strip()}") from error
+    assert program is not None
+    model = program.model
+    _tidy(model, stage)
+    return model
+
+
+def _tidy(model: ir.Model, stage: Stage) -> None:
+    """Names as the torch model has them, axes as the stage calls them, and no trace of where it was traced."""
+    graph = model.graph
+    for value in list(graph.initializers.values()):
+        if value.name and value.name.startswith(f"{INNER}."):
+            value.name = value.name.removeprefix(f"{INNER}.")
+    for node in graph:
+        if is_fake_quantize(node):
+            node.metadata_props[QUANTIZER] = _quantizer_name(node, stage.module)
+    _name_axes(graph, stage)
+    _name_nodes(graph)
+    for node in graph.all_nodes():
+        kept = node.metadata_props.get(QUANTIZER)
+        node.metadata_props.clear()
+        if kept:
+            node.metadata_props[QUANTIZER] = kept
+
+
+def _name_nodes(graph: ir.Graph) -> None:
+    """Nodes get the name of the module that they were traced in, and their operator's."""
+    seen: dict[str, int] = {}
+    for node in graph:
+        scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+        scope = str(scopes[-2]).removeprefix(INNER).strip(".") if len(scopes) > 1 else ""
+        name = f"{scope}.{node.op_type}".strip(".")
+        seen[name] = seen.get(name, 0) + 1
+        node.name = name if seen[name] == 1 else f"{name}_{seen[name] - 1}"
+
+
+def _name_axes(graph: ir.Graph, stage: Stage) -> None:
+    """The exporter's names of sizes (``s72``) become those of the stage, wherever they are."""
+    names: dict[str, str] = {}
+    for value in graph.inputs:
+        for axis, name in stage.axes.get(value.name or "", {}).items():
+            size = value.shape[axis] if value.shape is not None else None
+            if isinstance(size, ir.SymbolicDim) and size.value is not None:
+                names[str(size.value)] = name
+    values = [*graph.inputs, *(output for node in graph for output in node.outputs)]
+    for value in values:
+        if value.shape is not None and any(isinstance(size, ir.SymbolicDim) for size in value.shape):
+            value.shape = ir.Shape(
+                [
+                    names.get(str(size.value), size.value) if isinstance(size, ir.SymbolicDim) else size
+                    for size in value.shape
+                ]
+            )
+
+
+def _quantizer_name(node: ir.Node, module: nn.Module) -> str:
+    """The full name of the quantizer whose forward called the operator."""
+    scopes = ast.literal_eval(node.metadata_props["pkg.torch.onnx.name_scopes"])
+    quantizer: Any = module.get_submodule(scopes[-2])
+    return str(quantizer.name)
+
+
+@contextmanager
+def _eager_attention(module: nn.Module) -> Iterator[None]:
+    """transformers' attention spelled as products and softmax while exporting: engines match that, not ``sdpa``."""
+    transformers: Any = sys.modules.get("transformers")
+    configs = []
+    if transformers is not None:
+        configs = [part.config for part in module.modules() if isinstance(part, transformers.PreTrainedModel)]
+    changed = [(config, config._attn_implementation) for config in configs]
+    for config in configs:
+        config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        for config, kind in reversed(changed):
+            config._attn_implementation = kind
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch's exporter logs what it skipped among its own operators."""
+    talkative = [logging.getLogger(name) for name in ("torch.onnx", "torch.onnx._internal.exporter._registration")]
+    levels = [logger.level for logger in talkative]
+    for logger in talkative:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(talkative, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,404 @@
+"""Every ``octavo.FakeQuantize`` of a graph becomes standard operators; the numbers stay the same.
+
+A weight becomes a stored low-precision initializer with only its DequantizeLinear left, in the layout that its
+reader wants: what moves the weight's axes on the way (a linear layer's transpose) is applied to the codes. A static
+activation becomes QuantizeLinear and DequantizeLinear, a dynamic one the arithmetic that finds its scale and rounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import common
+
+from octavo.numerics.arrays import array_of, tensor_of
+from octavo.numerics.qtensor import QTensor, quantize
+from octavo.onnx.biases import integer_biases
+from octavo.onnx.dynamic import Build, dynamic_nodes
+from octavo.onnx.fake_quantize import (
+    DOMAIN,
+    QUANTIZER,
+    constant,
+    format_of,
+    is_fake_quantize,
+    operand,
+    permutation,
+    quantizer_of,
+    reshaped,
+)
+from octavo.onnx.storage import BASE_OPSET, code_type, is_float
+from octavo.spec.element import BF16, FP16, FP32, IntFormat
+from octavo.spec.tensor_format import PerChannel, PerGroup, PerTensor, PerTile, TensorFormat
+
+WEIGHT = "octavo.weight"
+"""Metadata of a DequantizeLinear: whose weight it gives, and ``octavo.axes`` the order of its axes."""
+AXES = "octavo.axes"
+_NUMPY: dict[str, Any] = {
+    "FLOAT": np.float32,
+    "FLOAT16": np.float16,
+    "BFLOAT16": ml_dtypes.bfloat16,
+    "INT8": np.int8,
+    "UINT8": np.uint8,
+    "INT4": ml_dtypes.int4,
+    "UINT4": ml_dtypes.uint4,
+    "INT32": np.int32,
+    "FLOAT8E4M3FN": ml_dtypes.float8_e4m3fn,
+    "FLOAT8E5M2": ml_dtypes.float8_e5m2,
+    "FLOAT4E2M1": ml_dtypes.float4_e2m1fn,
+    "FLOAT8E8M0": ml_dtypes.float8_e8m0fnu,
+}
+_FLOAT_FORMATS = {ir.DataType.FLOAT: FP32, ir.DataType.FLOAT16: FP16, ir.DataType.BFLOAT16: BF16}
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """How one target likes integers spelled; the numbers are the same.
+
+    Args:
+        unsigned_activations: Codes of activations as UINT8, 128 higher than the INT8 ones.
+        integer_biases: Biases of products of 8-bit integers in INT32 (``biases.py``).
+    """
+
+    unsigned_activations: bool = False
+    integer_biases: bool = False
+
+
+def lower(model: ir.Model, style: Style, *, opset: int, stored: Mapping[str, QTensor] | None = None) -> None:
+    """Replace every ``FakeQuantize`` in ``model``, in place.
+
+    Args:
+        model: A graph; weights are initializers.
+        style: How the target likes integers.
+        opset: Operator set of the result, at least that of the graph.
+        stored: Quantizer name -> codes of the weight as they were fixed; others are rounded here.
+    """
+    graph = model.graph
+    writer = _Writer(graph, style, stored or {})
+    for node in [node for node in graph if is_fake_quantize(node)]:
+        matrix = constant(node.inputs[0])
+        if matrix is None:
+            writer.activation(node)
+        else:
+            writer.weight(node, matrix)
+    if style.integer_biases:
+        integer_biases(graph, writer.initializer)
+    model.opset_imports[""] = max(opset, model.opset_imports.get("", BASE_OPSET))
+    model.opset_imports.pop(DOMAIN, None)
+    common.RemoveUnusedNodesPass()(model)
+    graph.sort()
+
+
+class _Writer:
+    """Puts nodes and initializers into one graph."""
+
+    def __init__(self, graph: ir.Graph, style: Style, known: Mapping[str, QTensor]) -> None:
+        self.graph = graph
+        self.known = known
+        self.style = style
+        self._stored: dict[tuple[Any, ...], ir.Value] = {}
+
+    def initializer(self, name: str, array: np.ndarray[Any, Any], dtype: str) -> ir.Value:
+        """A new initializer; a name that is taken by the same values is used again."""
+        unique, count = name, 1
+        while unique in self.graph.initializers:
+            count += 1
+            unique = f"{name}_{count}"
+        data = ir.Tensor(np.ascontiguousarray(array).reshape(array.shape), dtype=ir.DataType[dtype], name=unique)
+        value = ir.Value(name=unique, shape=ir.Shape(array.shape), type=ir.TensorType(data.dtype), const_value=data)
+        self.graph.register_initializer(value)
+        return value
+
+    def put(
+        self, before: ir.Node, op_type: str, inputs: list[ir.Value | None], name: str, **attributes: Any
+    ) -> ir.Node:
+        """A new node in front of ``before``; shape and type of its output are those of ``before``'s."""
+        node = ir.node(op_type, inputs, attributes, name=name)
+        node.outputs[0].name = f"{name}_output"
+        self.graph.insert_before(before, node)
+        return node
+
+    # -- activations
+
+    def activation(self, node: ir.Node) -> None:
+        """Round what the graph computes."""
+        fmt, scale = format_of(node), operand(node, 1)
+        if scale is None:
+            replacement = dynamic_nodes(
+                self._build(node), node.inputs[0], fmt, is_unsigned=self.style.unsigned_activations
+            )
+        else:
+            zero_point = operand(node, 2)
+            replacement = self._static(node, fmt, float(scale), 0 if zero_point is None else int(zero_point))
+        self._replace(node, replacement)
+
+    def _build(self, node: ir.Node) -> Build:
+        prefix = quantizer_of(node)
+        source = node.inputs[0]
+        dtype = (source.dtype if source is not None else None) or ir.DataType.FLOAT
+        counter = iter(range(1 << 20))
+
+        def op(op_type: str, *inputs: Any, **attributes: Any) -> ir.Value:
+            name = f"{prefix}.{op_type}_{next(counter)}"
+            num_outputs = attributes.pop("num_outputs", 1)
+            made = ir.node(op_type, list(inputs), attributes, name=name, num_outputs=num_outputs)
+            for index, output in enumerate(made.outputs):
+                output.name = f"{name}_output{index}"
+            self.graph.insert_before(node, made)
+            return made.outputs[0] if num_outputs == 1 else made.outputs  # type: ignore[return-value]
+
+        def const(value: Any, kind: str = "") -> ir.Value:
+            kind = kind or dtype.name
+            return self.initializer(f"{prefix}.constant", np.asarray(value, dtype=_NUMPY.get(kind, np.int64)), kind)
+
+        return Build(op, const)
+
+    def _static(self, node: ir.Node, fmt: TensorFormat, scale: float, zero_point: int) -> ir.Value:
+        name, x = quantizer_of(node), node.inputs[0]
+        assert x is not None
+        dtype = (x.dtype or ir.DataType.FLOAT).name
+        kind = code_type(fmt.element)
+        assert kind is not None
+        code_name, low, high = kind.name, None, None
+        if isinstance(fmt.element, IntFormat):
+            low, high = fmt.element.min_code, fmt.element.max_code
+            if self.style.unsigned_activations and code_name == "INT8":
+                code_name, zero_point, low, high = "UINT8", zero_point + 128, low + 128, high + 128
+        step = self.initializer(f"{name}_scale", np.asarray(scale, dtype=_NUMPY[dtype]), dtype)
+        zero = self.initializer(f"{name}_zero_point", np.asarray(zero_point).astype(_NUMPY[code_name]), code_name)
+        if low is not None and high is not None and not _fills(code_name, low, high):
+            real = [np.asarray(scale * (code - zero_point), dtype=_NUMPY[dtype]) for code in (low, high)]
+            ends = [self.initializer(f"{name}_{end}", v, dtype) for end, v in zip(("low", "high"), real, strict=True)]
+            x = self.put(node, "Clip", [x, *ends], f"{name}.clip").outputs[0]
+        codes = self.put(node, "QuantizeLinear", [x, step, zero], f"{name}.quantize")
+        codes.metadata_props[QUANTIZER] = name
+        return self.put(node, "DequantizeLinear", [codes.outputs[0], step, zero], f"{name}.dequantize").outputs[0]
+
+    def _replace(self, node: ir.Node, value: ir.Value) -> None:
+        old = node.outputs[0]
+        value.shape, value.type = old.shape, old.type
+        is_output = old.is_graph_output()
+        name = old.name
+        old.replace_all_uses_with(value, replace_graph_outputs=True)
+        self.graph.remove(node, safe=True)
+        if is_output:
+            value.name = name
+
+    # -- weights
+
+    def weight(self, node: ir.Node, matrix: np.ndarray[Any, Any]) -> None:
+        """Store codes; what only moves their axes behind the quantizer moves them now."""
+        fmt, dtype = format_of(node), node.outputs[0].dtype or node.inputs[0].dtype or ir.DataType.FLOAT  # type: ignore[union-attr]
+        q = self.known.get(quantizer_of(node))
+        stored = _Stored.of(_quantized(node, matrix, fmt, dtype) if q is None else q)
+        last = node.outputs[0]
+        while (follower := _only_reader(last)) is not None:
+            moved = stored.through(follower, last)
+            if moved is None:
+                break
+            stored = moved
+            if follower.op_type == "Gemm":
+                follower.attributes["transB"] = ir.AttrInt64("transB", 0)
+                break
+            last = follower.outputs[0]
+        value = self._dequantized(node, stored, dtype.name)
+        value.shape, value.type = ir.Shape(stored.codes.shape), ir.TensorType(dtype)
+        last.replace_all_uses_with(value, replace_graph_outputs=True)
+
+    def _dequantized(self, node: ir.Node, stored: _Stored, dtype: str) -> ir.Value:
+        name = _weight_name(node)
+        key = (name, stored.order, str(stored.fmt), dtype)
+        if key not in self._stored:
+            self._stored[key] = self._store(node, name, stored, dtype)
+        return self._stored[key]
+
+    def _store(self, node: ir.Node, name: str, stored: _Stored, dtype: str) -> ir.Value:
+        kind = code_type(stored.fmt.element)
+        assert kind is not None
+        codes = self.initializer(f"{name}_codes", _typed(stored.codes, stored.fmt, kind.name), kind.name)
+        scale = self._scale(node, name, stored, dtype)
+        inputs: list[ir.Value | None] = [codes, scale]
+        if not is_float(stored.fmt.element):
+            points = np.zeros(stored.scale_shape, np.int8) if stored.zero_point is None else stored.zero_point
+            inputs.append(self.initializer(f"{name}_zero_point", points.astype(_NUMPY[kind.name]), kind.name))
+        attributes: dict[str, Any] = {}
+        if stored.axis is not None:
+            attributes["axis"] = stored.axis
+        if stored.block:
+            attributes["block_size"] = stored.block
+        if scale.dtype is ir.DataType.FLOAT8E8M0:
+            attributes["output_dtype"] = int(ir.DataType[dtype])
+        made = self.put(node, "DequantizeLinear", inputs, f"{name}_dequantize", **attributes)
+        made.metadata_props[WEIGHT] = quantizer_of(node)
+        made.metadata_props[AXES] = ",".join(map(str, stored.order))
+        return made.outputs[0]
+
+    def _scale(self, node: ir.Node, name: str, stored: _Stored, dtype: str) -> ir.Value:
+        scale = stored.scale
+        if not isinstance(scale, _Scales):
+            return self.initializer(f"{name}_scale", scale.astype(_NUMPY[dtype]), dtype)
+        kind = code_type(scale.fmt.element)
+        assert kind is not None
+        codes = self.initializer(f"{name}_scale_codes", _typed(scale.codes, scale.fmt, kind.name), kind.name)
+        if scale.outer is None:
+            return codes
+        outer = self.initializer(f"{name}_scale_scale", scale.outer.astype(_NUMPY[dtype]), dtype)
+        return self.put(node, "DequantizeLinear", [codes, outer], f"{name}_scale_dequantize").outputs[0]
+
+
+@dataclass(frozen=True, slots=True)
+class _Scales:
+    """Scales that are codes themselves; ``outer`` scales them, ``None`` where they stand for themselves."""
+
+    codes: np.ndarray[Any, Any]
+    fmt: TensorFormat
+    outer: np.ndarray[Any, Any] | None
+
+    def moved(self, move: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]) -> _Scales:
+        return _Scales(move(self.codes), self.fmt, self.outer)
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """Codes in the layout that is written.
+
+    Args:
+        codes: Of any shape.
+        scale: One, one for each index of ``axis``, or (``block``) one for ``block`` neighbours along it.
+        zero_point: Of the scale's shape.
+        fmt: What it means.
+        axis: ``None`` for one scale.
+        block: 0 for one scale for each index.
+        order: Axes of the matrix in the order in which they are stored, for a reader that compares.
+    """
+
+    codes: np.ndarray[Any, Any]
+    scale: np.ndarray[Any, Any] | _Scales
+    zero_point: np.ndarray[Any, Any] | None
+    fmt: TensorFormat
+    axis: int | None
+    block: int
+    order: tuple[int, ...]
+
+    @classmethod
+    def of(cls, q: QTensor) -> _Stored:
+        """A quantized matrix, tiles as groups that repeat from row to row."""
+        granularity, order = q.format.granularity, tuple(range(q.codes.ndim))
+        match granularity:
+            case PerTensor():
+                axis, block = None, 0
+            case PerChannel():
+                axis, block = 0, 0
+            case PerGroup(size):
+                axis, block = 1, size
+            case PerTile(_, cols):
+                axis, block = 1, cols
+            case _:
+                raise AssertionError(f"{granularity} was to be refused before")
+
+        def rows(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+            if isinstance(granularity, PerTile):
+                return array.repeat(granularity.rows, axis=0)[: q.shape[0]]
+            return array
+
+        points = None if q.zero_point is None else rows(array_of(q.zero_point))
+        return cls(array_of(q.codes), _scale_arrays(q, rows), points, q.format, axis, block, order)
+
+    @property
+    def scale_shape(self) -> tuple[int, ...]:
+        return (self.scale.codes if isinstance(self.scale, _Scales) else self.scale).shape
+
+    def through(self, node: ir.Node, value: ir.Value) -> _Stored | None:
+        """The same behind ``node``; ``None`` where it does more than move axes."""
+        if node.op_type == "Gemm" and node.inputs[1] is value and node.attributes.get("transB") is not None:
+            return self._transposed((1, 0)) if node.attributes["transB"].as_int() else None
+        if node.domain or node.inputs[0] is not value:
+            return None
+        if node.op_type == "Transpose":
+            return self._transposed(permutation(node, self.codes.ndim))
+        if node.op_type not in ("Reshape", "Flatten", "Identity"):
+            return None
+        codes = reshaped(self.codes, node)
+        if codes is None:
+            return None
+        if codes.shape == self.codes.shape:
+            return self
+        keeps_rows = codes.shape[0] == self.codes.shape[0] and self.axis in (None, 0) and not self.block
+        if not keeps_rows or self.order != tuple(range(len(self.order))):
+            return None
+        order = tuple(range(codes.ndim))
+        return _Stored(codes, self.scale, self.zero_point, self.fmt, self.axis, 0, order)
+
+    def _transposed(self, axes: tuple[int, ...]) -> _Stored:
+        def move(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+            return array.transpose(axes) if self.block else array
+
+        scale = self.scale.moved(move) if isinstance(self.scale, _Scales) else move(self.scale)
+        return _Stored(
+            self.codes.transpose(axes),
+            scale,
+            None if self.zero_point is None else move(self.zero_point),
+            self.fmt,
+            None if self.axis is None else axes.index(self.axis),
+            self.block,
+            tuple(self.order[axis] for axis in axes),
+        )
+
+
+def _scale_arrays(q: QTensor, rows: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]) -> Any:
+    """Scales as they are written; where codes count in another unit than 1, their real values times it."""
+    scale, element = q.scale, q.format.element
+    unit = element.unit if isinstance(element, IntFormat) else 1.0
+    if isinstance(scale, QTensor) and unit == 1.0:
+        outer = None if scale.scale is None else array_of(scale.scale)  # type: ignore[arg-type]
+        return _Scales(rows(array_of(scale.codes)), scale.format, outer)
+    assert scale is not None
+    real = scale.dequantize() if isinstance(scale, QTensor) else scale
+    return rows(array_of(real * unit))
+
+
+def _quantized(node: ir.Node, matrix: np.ndarray[Any, Any], fmt: TensorFormat, dtype: ir.DataType) -> QTensor:
+    """Codes of a constant, with the scale as a graph of ``dtype`` stores it."""
+    scale, points = operand(node, 1), operand(node, 2)
+    step = None if scale is None else tensor_of(scale).float()
+    if step is not None and dtype is not ir.DataType.FLOAT:
+        step = step.to(torch.float16 if dtype is ir.DataType.FLOAT16 else torch.bfloat16).float()
+    zero = None if points is None else tensor_of(points).to(_zero_dtype(fmt))
+    return quantize(tensor_of(matrix).float(), fmt, scale=step, zero_point=zero)
+
+
+def _zero_dtype(fmt: TensorFormat) -> torch.dtype:
+    return torch.int8 if fmt.zero_point is not None and fmt.zero_point.is_signed else torch.uint8
+
+
+def _typed(codes: np.ndarray[Any, Any], fmt: TensorFormat, kind: str) -> np.ndarray[Any, Any]:
+    """Codes under the numpy type of ``kind``: bit patterns of small floats keep their bits."""
+    if is_float(fmt.element):
+        return np.ascontiguousarray(codes).view(_NUMPY[kind])
+    return codes.astype(_NUMPY[kind])
+
+
+def _fills(kind: str, low: int, high: int) -> bool:
+    """Whether [low, high] is all that ``kind`` holds, so that it saturates by itself."""
+    info = ml_dtypes.iinfo(_NUMPY[kind])
+    return bool(low == info.min and high == info.max)
+
+
+def _only_reader(value: ir.Value) -> ir.Node | None:
+    users = value.consumers()
+    return users[0] if len(users) == 1 and len(value.uses()) == 1 and not value.is_graph_output() else None
+
+
+def _weight_name(node: ir.Node) -> str:
+    """Name of the initializer that is rounded."""
+    value = node.inputs[0]
+    while value is not None and not value.is_initializer() and value.producer() is not None:
+        producer = value.producer()
+        assert producer is not None
+        value = producer.inputs[0]
+    return value.name if value is not None and value.name else quantizer_of(node)

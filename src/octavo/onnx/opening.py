@@ -1,0 +1,66 @@
+"""A graph from a file, ready to be looked at: constants as initializers, norms folded, names unique."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+from onnxscript.rewriter import rewrite
+from onnxscript.rewriter.rules.common import (
+    fuse_batchnorm_into_conv_rule,
+    fuse_batchnorm_into_conv_transpose_rule,
+    fuse_batchnorm_into_gemm_rule,
+)
+
+import onnx
+from octavo.errors import UserError
+from octavo.onnx.storage import BASE_OPSET
+
+_log = logging.getLogger(__name__)
+_RULES = (fuse_batchnorm_into_conv_rule, fuse_batchnorm_into_conv_transpose_rule, fuse_batchnorm_into_gemm_rule)
+
+
+def open_graph(path: Path) -> ir.Model:
+    """The graph in ``path``; it computes what the file computes.
+
+    Raises:
+        UserError: not an ONNX file, or its weights are not beside it.
+    """
+    try:
+        model = ir.load(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: {error.strerror}: {error.filename}") from error
+    except Exception as error:  # protobuf raises types of its own
+        raise UserError(
+            f"{path} is not an ONNX file: {str(error).splitlines()[0] if str(error) else error!r}"
+        ) from error
+    model = _raised(model, path)
+    common.LiftConstantsToInitializersPass(lift_all_constants=False)(model)
+    if any(node.op_type == "BatchNormalization" for node in model.graph):
+        model = rewrite(model, pattern_rewrite_rules=_RULES)
+        common.RemoveUnusedNodesPass()(model)
+    _name_nodes(model.graph)
+    return model
+
+
+def _raised(model: ir.Model, path: Path) -> ir.Model:
+    """The graph in the operator set that has INT4 and blocks; as it is where it cannot be converted."""
+    opset = model.opset_imports.get("", BASE_OPSET)
+    if opset >= BASE_OPSET:
+        return model
+    try:
+        proto = onnx.version_converter.convert_version(ir.to_proto(model), BASE_OPSET)
+    except Exception as error:  # what the converter does not know, or more than a protobuf holds
+        _log.warning("%s stays at operator set %d: %s", path.name, opset, str(error).splitlines()[0])
+        return model
+    return ir.from_proto(proto)
+
+
+def _name_nodes(graph: ir.Graph) -> None:
+    seen: set[str] = set()
+    for index, node in enumerate(graph):
+        if not node.name or node.name in seen:
+            node.name = f"{node.name or node.op_type}_{index}"
+        seen.add(node.name)

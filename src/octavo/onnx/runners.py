@@ -1,0 +1,115 @@
+"""Who runs a graph: onnxruntime, else OpenVINO, else onnx's own reference evaluator, which takes everything slowly."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+import onnx
+from octavo.errors import UserError
+
+_log = logging.getLogger(__name__)
+
+Arrays = Mapping[str, np.ndarray[Any, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Runner:
+    """One graph, ready to run.
+
+    Args:
+        name: Who runs it, with the version.
+        run: Inputs by name to outputs in the order of the graph.
+        refusals: Who was asked before, and why not.
+        is_onnxruntime: Whether that is onnxruntime, which can be asked what it fused.
+    """
+
+    name: str
+    run: Callable[[Arrays], list[np.ndarray[Any, Any]]]
+    refusals: tuple[str, ...] = ()
+    is_onnxruntime: bool = False
+
+
+def open_runner(path: Path, outputs: Sequence[str] = (), *, optimized: bool = True) -> Runner:
+    """The first reader that takes the graph ``path``.
+
+    Args:
+        path: An ``.onnx`` file.
+        outputs: Values inside to give out behind the graph's own outputs.
+        optimized: Let onnxruntime fuse; without, it runs node by node.
+
+    Raises:
+        UserError: nobody can run it.
+    """
+    model = with_outputs(path, outputs) if outputs else None
+    refusals: list[str] = []
+    for open_one in (_onnxruntime, _openvino, _reference):
+        try:
+            runner = open_one(path, model, optimized)
+        except ModuleNotFoundError as error:
+            refusals.append(f"{error.name} is not installed")
+            continue
+        except Exception as error:  # each reader raises types of its own
+            refusals.append(f"{open_one.__name__.strip('_')}: {_first_line(error)}")
+            continue
+        return Runner(runner.name, runner.run, tuple(refusals), is_onnxruntime=open_one is _onnxruntime)
+    raise UserError(f"{path}: nobody can run it: {'; '.join(refusals)}")
+
+
+def with_outputs(path: Path, names: Sequence[str]) -> onnx.ModelProto:
+    """The graph ``path`` with values inside as outputs, too."""
+    model = ir.load(path)
+    values = {value.name: value for node in model.graph for value in node.outputs}
+    for name in names:
+        if values[name] not in model.graph.outputs:
+            model.graph.outputs.append(values[name])
+    return ir.to_proto(model)
+
+
+def _onnxruntime(path: Path, model: onnx.ModelProto | None, optimized: bool) -> Runner:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if not optimized:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    source = str(path) if model is None else model.SerializeToString()
+    session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    return Runner(f"onnxruntime {onnxruntime.__version__} (CPU)", lambda inputs: session.run(None, dict(inputs)))
+
+
+def _openvino(path: Path, model: onnx.ModelProto | None, optimized: bool) -> Runner:
+    import openvino
+
+    core = openvino.Core()
+    read = core.read_model(str(path)) if model is None else core.read_model(model.SerializeToString())
+    compiled = core.compile_model(read, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+
+    def run(inputs: Arrays) -> list[np.ndarray[Any, Any]]:
+        results = compiled(dict(inputs))
+        return [results[output] for output in compiled.outputs]
+
+    return Runner(f"OpenVINO {version('openvino')} (CPU)", run)
+
+
+def _reference(path: Path, model: onnx.ModelProto | None, optimized: bool) -> Runner:
+    from onnx.reference import ReferenceEvaluator
+
+    evaluator = ReferenceEvaluator(onnx.load(path) if model is None else model)
+
+    def run(inputs: Arrays) -> list[np.ndarray[Any, Any]]:
+        results = evaluator.run(None, dict(inputs))
+        return list(results.values()) if isinstance(results, dict) else results
+
+    return Runner(f"onnx {onnx.__version__} reference evaluator", run)
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()[:200]

@@ -1,0 +1,110 @@
+"""From a simulated model to files: trace, spell in standard operators, save."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+import onnx
+from octavo.errors import UserError
+from octavo.numerics.snapshot import LayerSnapshot
+from octavo.onnx.from_torch import graph_of
+from octavo.onnx.layout import MANIFEST
+from octavo.onnx.lower import Style, lower
+from octavo.onnx.stages import stages
+from octavo.sources import LoadedModel
+from octavo.sources.graphs import GraphModule
+from octavo.spec.facts import Slot
+from octavo.spec.plan import Plan
+from octavo.spec.select import quantizer_name
+from octavo.spec.targets import target_named
+from octavo.spec.version import VERSION
+
+MAX_INLINE_BYTES = 1_900_000_000
+"""Weights beyond this go into a file beside the graph: a protobuf holds at most 2 GiB."""
+TARGET = "octavo.target"
+MANIFEST_SCHEMA = "octavo.onnx/1"
+
+
+def write_graphs(
+    directory: Path,
+    loaded: LoadedModel,
+    plan: Plan,
+    layers: Iterable[LayerSnapshot],
+    sample: Any,
+    *,
+    opset: int,
+    float_dtype: torch.dtype | None,
+) -> None:
+    """One ``.onnx`` file for each part of ``loaded``; see ``OnnxLayout.fill``."""
+    target = target_named(plan.target)
+    style = Style(target.unsigned_codes, target.integer_biases)
+    stored = {quantizer_name(layer.name, Slot.WEIGHT): layer.weight for layer in layers if layer.weight is not None}
+    written = []
+    for name, model in _graphs(loaded, sample, float_dtype):
+        lower(model, style, opset=opset, stored=stored)
+        model.producer_name, model.producer_version = "octavo", VERSION
+        model.metadata_props[TARGET] = plan.target
+        written.append(f"{name}.onnx")
+        save(model, directory / written[-1])
+    manifest = {"schema": MANIFEST_SCHEMA, "recipe": plan.recipe, "target": plan.target, "graphs": written}
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def _graphs(loaded: LoadedModel, sample: Any, float_dtype: torch.dtype | None) -> Iterator[tuple[str, ir.Model]]:
+    """Names and graphs with their quantizers still in one node each."""
+    if isinstance(loaded.model, GraphModule):
+        if float_dtype is not None:
+            raise UserError(
+                f"'{loaded.source}' is a graph and keeps the types that it has: convert it to {float_dtype} first, "
+                "and quantize that"
+            )
+        assert loaded.model.marked is not None
+        yield "model", loaded.model.marked()
+        return
+    if float_dtype is not None:
+        loaded = dataclasses.replace(loaded, model=copy.deepcopy(loaded.model).to(float_dtype))
+        sample = _cast(sample, float_dtype)
+    for stage in stages(loaded, sample):
+        yield stage.name, graph_of(stage)
+
+
+def save(model: ir.Model, path: Path) -> None:
+    """Write a graph, its weights beside it where a protobuf cannot hold them."""
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+    ir.save(model, path, external_data=f"{path.name}.data" if size > MAX_INLINE_BYTES else None)
+
+
+def external_file(graph: Path) -> Path | None:
+    """The file with the weights of ``graph``, if they are not inside."""
+    file = graph.with_name(f"{graph.name}.data")
+    return file if file.is_file() else None
+
+
+def refer(graph: Path, name: str) -> None:
+    """Make a graph look for its weights in a file called ``name`` beside it."""
+    proto = onnx.load(graph, load_external_data=False)
+    for tensor in proto.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = name
+    graph.write_bytes(proto.SerializeToString())
+
+
+def _cast(sample: Any, dtype: torch.dtype) -> Any:
+    match sample:
+        case Tensor():
+            return sample.to(dtype) if sample.is_floating_point() else sample
+        case Mapping():
+            return {key: _cast(value, dtype) for key, value in sample.items()}
+        case tuple() | list():
+            return tuple(_cast(value, dtype) for value in sample)
+    return sample

@@ -1,0 +1,128 @@
+"""An ``.onnx`` file as a module: tensors in by name, tensors out by name, run by onnxruntime."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from octavo.errors import UserError
+from octavo.numerics.arrays import array_of, tensor_of
+from octavo.sources.extras import require
+
+GRAPH_FILE = "graph.onnx"
+"""What a run directory keeps of a graph: everything but its weights."""
+
+Arrays = Mapping[str, np.ndarray[Any, Any]]
+_INTEGERS = {"tensor(int32)": torch.int32, "tensor(int64)": torch.int64, "tensor(bool)": torch.bool}
+_FLOATS = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(double)": torch.float64}
+
+
+def open_session(graph: Path | bytes) -> Any:
+    """An onnxruntime session on the CPU that rounds where QuantizeLinear says so and fuses nothing across it.
+
+    Raises:
+        UserError: onnxruntime cannot run the graph; the message carries its reason.
+    """
+    require("onnxruntime", needed_for="running ONNX files", extra="onnx")
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    try:
+        source = graph if isinstance(graph, bytes) else str(graph)
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises types of its own
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        name = "the graph" if isinstance(graph, bytes) else graph
+        raise UserError(f"onnxruntime cannot run {name}: {reason.strip()}") from error
+
+
+class GraphModule(nn.Module):
+    """A graph in a file. It has no parameters that torch knows of; ``simulate`` puts another session under it.
+
+    Args:
+        path: The ``.onnx`` file; its weights may lie beside it.
+
+    ``marked`` gives the graph with its quantizers, for who writes it; ``None`` while there are none.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+        self.marked: Callable[[], Any] | None = None
+        self._open: Callable[[], Any] = lambda: open_session(path)
+        self._session: Any = None
+        self._run: Callable[[Arrays], Arrays] | None = None
+
+    @property
+    def session(self) -> Any:
+        """The file as it is, opened when first needed."""
+        if self._session is None:
+            self._session = self._open()
+        return self._session
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """What goes in."""
+        return tuple(value.name for value in self.session.get_inputs())
+
+    @property
+    def base_model(self) -> GraphModule:
+        """Itself: there is no head to leave aside."""
+        return self
+
+    def reopen(self, open_again: Callable[[], Any]) -> None:
+        """Compute by what ``open_again`` opens instead of the file: the file has no weights."""
+        self._open, self._session = open_again, None
+
+    def example(self) -> dict[str, Tensor]:
+        """Made-up inputs: two samples, eight of whatever else is open, ones and zeros."""
+        made = {}
+        for value in self.session.get_inputs():
+            sizes = [size if isinstance(size, int) else 2 if axis == 0 else 8 for axis, size in enumerate(value.shape)]
+            dtype = _INTEGERS.get(value.type)
+            made[value.name] = torch.zeros(sizes) if dtype is None else torch.ones(sizes, dtype=dtype)
+        return made
+
+    def simulate(self, run: Callable[[Arrays], Arrays] | None) -> None:
+        """Compute by ``run`` from now on; ``None``: as the file says."""
+        self._run = run
+
+    def arrays(self, *args: Tensor, **kwargs: Tensor) -> dict[str, np.ndarray[Any, Any]]:
+        """A batch as the graph wants it: its inputs by name, of its types.
+
+        Raises:
+            UserError: an input is missing.
+        """
+        given = {**dict(zip(self.input_names, args, strict=False)), **kwargs}
+        arrays = {}
+        for value in self.session.get_inputs():
+            if value.name not in given:
+                raise UserError(
+                    f"{self.path.name} has an input '{value.name}' {value.shape}, and the batch has "
+                    f"{', '.join(map(repr, given)) or 'nothing'}: name arrays like the graph's inputs"
+                )
+            dtype = _INTEGERS.get(value.type) or _FLOATS.get(value.type)
+            tensor = given[value.name]
+            arrays[value.name] = array_of(tensor if dtype is None else tensor.to(dtype))
+        return arrays
+
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> dict[str, Tensor]:
+        """The graph's outputs by name."""
+        arrays = self.arrays(*args, **kwargs)
+        if self._run is not None:
+            found: Arrays = self._run(arrays)
+        else:
+            names = [value.name for value in self.session.get_outputs()]
+            found = dict(zip(names, self.session.run(None, arrays), strict=True))
+        outputs = {name: tensor_of(value) for name, value in found.items()}
+        tokens = next((value for value in outputs.values() if value.ndim == 3), None)
+        if tokens is not None and "text_embeds" not in outputs:
+            outputs.setdefault("last_hidden_state", tokens)
+        return outputs

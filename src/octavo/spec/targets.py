@@ -1,0 +1,181 @@
+"""Where files will run, as data: what each target can run fast, and so what a plan for it may ask for.
+
+The target is an input of ``resolve``: it fixes zero points, weight bits and granularity of activations before anything
+is simulated, so that what was judged is what is deployed. Every rule names where it comes from.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field
+from enum import Enum
+
+from octavo.errors import UserError
+from octavo.spec.element import INT7, INT8, IntFormat
+from octavo.spec.facts import SiteFacts, Slot
+from octavo.spec.tensor_format import PerTensor, TensorFormat, scaled
+
+_ORT_QUANTIZATION = "https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html"
+_TENSORRT_TYPES = "https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/work-quantized-types.html"
+_OPENVINO_LPT = "https://docs.openvino.ai/2026/openvino-workflow/model-optimization.html"
+
+
+class ZeroPoints(Enum):
+    """What a target wants of static integer activations."""
+
+    AS_ASKED = "as the recipe says"
+    NONE = "symmetric"
+    WANTED = "asymmetric"
+
+
+@dataclass(frozen=True, slots=True)
+class PlacementRule:
+    """One thing that a target wants, and who says so."""
+
+    text: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A runtime on a kind of machine.
+
+    Args:
+        name: What users call it.
+        description: One line.
+        zero_points: Of static integer activations.
+        weight_bits: Of integer weights that meet integer activations.
+        dynamic_per_tensor: Dynamic integer activations have one scale and one zero point per call.
+        dynamic_integers: Whether integer activations can be dynamic at all.
+        unsigned_codes: Codes of 8-bit activations are stored as UINT8.
+        integer_biases: Biases of products of 8-bit integers are stored in INT32.
+        rules: Why.
+    """
+
+    name: str
+    description: str
+    zero_points: ZeroPoints = ZeroPoints.AS_ASKED
+    weight_bits: int = 8
+    dynamic_per_tensor: bool = False
+    dynamic_integers: bool = True
+    unsigned_codes: bool = False
+    integer_biases: bool = False
+    rules: tuple[PlacementRule, ...] = field(default=())
+
+    def format(self, slot: Slot, fmt: TensorFormat, *, is_dynamic: bool, meets_integers: bool) -> TensorFormat:
+        """What ``fmt`` becomes here.
+
+        Args:
+            slot: Where it was asked for.
+            fmt: What the recipe asks for.
+            is_dynamic: Whether its range is found per call.
+            meets_integers: Of a weight: whether what it meets is quantized to integers, too.
+        """
+        if not isinstance(fmt.element, IntFormat) or fmt.element.bits != 8:
+            return fmt
+        if slot is Slot.WEIGHT:
+            narrower = meets_integers and self.weight_bits < 8 and fmt.is_symmetric
+            return scaled(INT7, fmt.granularity) if narrower else fmt
+        if is_dynamic:
+            return scaled(INT8, PerTensor(), asymmetric=True) if self.dynamic_per_tensor else fmt
+        match self.zero_points:
+            case ZeroPoints.AS_ASKED:
+                return fmt
+            case ZeroPoints.NONE:
+                return scaled(INT8, fmt.granularity)
+            case ZeroPoints.WANTED:
+                return scaled(INT8, fmt.granularity, asymmetric=True)
+
+    def problem(self, site: SiteFacts, slot: Slot, fmt: TensorFormat, *, is_dynamic: bool) -> str:
+        """Why the target cannot run a quantizer, with the way out; empty when it can."""
+        dynamic_integer = is_dynamic and isinstance(fmt.element, IntFormat)
+        if dynamic_integer and not self.dynamic_integers:
+            return (
+                f"{self.name} has no integer activations whose range is found per call ({site.name}, {slot.value}): "
+                "choose a static recipe such as int8, or one of weights only"
+            )
+        return ""
+
+
+_U8S8 = PlacementRule("activations UINT8 and asymmetric, weights INT8 and symmetric per channel", _ORT_QUANTIZATION)
+_SATURATION = PlacementRule(
+    "7-bit weights: without VNNI the sum of two U8 x S8 products saturates in 16 bits", f"{_ORT_QUANTIZATION}#data-type"
+)
+_DYNAMIC = PlacementRule(
+    "dynamic activations: one asymmetric UINT8 range per call, the pattern that becomes DynamicQuantizeMatMul",
+    _ORT_QUANTIZATION,
+)
+_BIAS = PlacementRule("biases of Gemm and Conv in INT32 at the scale of the product, zero point 0", _ORT_QUANTIZATION)
+
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        Target(
+            "onnxruntime-cpu",
+            "ONNX Runtime on any x86 or Arm processor: weights in 7 bits, so that nothing saturates without VNNI",
+            zero_points=ZeroPoints.WANTED,
+            weight_bits=7,
+            dynamic_per_tensor=True,
+            unsigned_codes=True,
+            integer_biases=True,
+            rules=(_U8S8, _SATURATION, _DYNAMIC, _BIAS),
+        ),
+        Target(
+            "onnxruntime-cpu-vnni",
+            "ONNX Runtime on processors with VNNI (or Arm dot products): weights in 8 bits",
+            zero_points=ZeroPoints.WANTED,
+            dynamic_per_tensor=True,
+            unsigned_codes=True,
+            integer_biases=True,
+            rules=(_U8S8, _DYNAMIC, _BIAS),
+        ),
+        Target(
+            "onnxruntime-cuda",
+            "ONNX Runtime on NVIDIA GPUs, by its CUDA provider",
+            zero_points=ZeroPoints.NONE,
+            rules=(PlacementRule("activations and weights INT8 and symmetric", _ORT_QUANTIZATION),),
+        ),
+        Target(
+            "tensorrt",
+            "TensorRT and TensorRT for RTX: symmetric, explicit Q/DQ",
+            zero_points=ZeroPoints.NONE,
+            dynamic_integers=False,
+            rules=(
+                PlacementRule("symmetric only: every zero point is 0", _TENSORRT_TYPES),
+                PlacementRule("activations per tensor, weights per channel or in blocks", _TENSORRT_TYPES),
+                PlacementRule("no Q/DQ on outputs; the graph's types are obeyed", _TENSORRT_TYPES),
+            ),
+        ),
+        Target(
+            "openvino",
+            "OpenVINO on any processor: weights in 7 bits, so that nothing saturates without VNNI",
+            zero_points=ZeroPoints.WANTED,
+            weight_bits=7,
+            unsigned_codes=True,
+            rules=(PlacementRule("activations UINT8, weights INT8 and symmetric", _OPENVINO_LPT), _SATURATION),
+        ),
+    )
+}
+"""To add a target, add an entry: ``resolve``, the ONNX layout and ``--target`` pick it up."""
+
+_ENGINES = ("vllm", "sglang", "tensorrt-llm", "transformers", "llama.cpp")
+CHECKPOINT_TARGETS = {name: Target(name, f"{name}, from a checkpoint: what the recipe says") for name in _ENGINES}
+"""Engines that read checkpoints: which formats they take is their layout's business."""
+
+ANYWHERE = Target("", "what the recipe says, in standard operators")
+
+
+def target_named(name: str) -> Target:
+    """The target called ``name``; empty for anywhere.
+
+    Raises:
+        UserError: there is none; the message names the nearest and all of them.
+    """
+    if not name:
+        return ANYWHERE
+    known = TARGETS | CHECKPOINT_TARGETS
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}?  " if near else ""
+    raise UserError(f"unknown target {name!r}: {hint}targets are {', '.join(known)}")

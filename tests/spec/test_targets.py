@@ -1,0 +1,65 @@
+"""A target fixes zero points and weight bits before anything is simulated."""
+
+from __future__ import annotations
+
+import pytest
+
+from octavo.errors import UserError
+from octavo.spec.facts import ModelFacts, SiteFacts, Slot
+from octavo.spec.recipe import load_recipe
+from octavo.spec.resolve import resolve
+from octavo.spec.targets import TARGETS, target_named
+
+SITE = SiteFacts(
+    "fc",
+    "linear",
+    "Linear",
+    (Slot.WEIGHT, Slot.INPUT, Slot.OUTPUT),
+    weight_shape=(8, 256),
+    parameters={"fc.weight": 2048},
+)
+FACTS = ModelFacts("m", "M", (SITE,), 2048, 8192, True)
+
+
+def formats(recipe: str, target: str) -> tuple[str, str]:
+    scheme = resolve(load_recipe(recipe), FACTS, target).decisions[0].scheme
+    return str(scheme[Slot.WEIGHT]), str(scheme.get(Slot.INPUT, "-"))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "target", "expected"),
+    [
+        ("int8", "", ("int8-channel", "int8-tensor")),
+        ("int8", "onnxruntime-cpu", ("int7-channel", "int8-tensor-asymmetric")),
+        ("int8", "onnxruntime-cpu-vnni", ("int8-channel", "int8-tensor-asymmetric")),
+        ("int8", "tensorrt", ("int8-channel", "int8-tensor")),
+        ("int8-dynamic", "onnxruntime-cpu", ("int7-channel", "int8-tensor-asymmetric dynamic")),
+        ("int8-weight-only", "onnxruntime-cpu", ("int8-channel", "-")),
+        ("fp8", "onnxruntime-cpu", ("e4m3-tensor", "e4m3-tensor")),
+    ],
+)
+def test_formats_follow_the_target(recipe: str, target: str, expected: tuple[str, str]) -> None:
+    assert formats(recipe, target) == expected
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("recipe", ["int8", "int8-weight-only", "fp8", "int4-group"])
+def test_a_plan_for_a_target_is_not_changed_by_it_again(recipe: str, target: str) -> None:
+    from octavo.spec.resolve import for_target
+
+    plan = resolve(load_recipe(recipe), FACTS, target)
+    assert [for_target(d, target_named(target)) for d in plan.decisions] == list(plan.decisions)
+
+
+def test_every_rule_of_a_target_names_its_source() -> None:
+    assert all(rule.source.startswith("https://") for target in TARGETS.values() for rule in target.rules)
+
+
+def test_what_a_target_cannot_run_is_refused() -> None:
+    with pytest.raises(UserError, match="tensorrt has no integer activations whose range is found per call"):
+        formats("int8-dynamic", "tensorrt")
+
+
+def test_an_unknown_target_names_the_nearest() -> None:
+    with pytest.raises(UserError, match="did you mean 'tensorrt'"):
+        formats("int8", "tensort")
