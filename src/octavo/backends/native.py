@@ -36,8 +36,9 @@ logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("rounding.cpp")
 TIMEOUT_S = 120.0
+_NATIVE = "-march=native" if platform.machine() in ("x86_64", "AMD64", "i686") else "-mcpu=native"
 _FLAGS = (
-    "-std=c++17", "-O3", "-march=native", "-fPIC", "-shared",
+    "-std=c++17", "-O3", _NATIVE, "-fPIC", "-shared",
     "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",  # the bits of numerics: no fast-math, no fused sums
 )  # fmt: skip
 
@@ -203,7 +204,7 @@ def _only_one(path: Path) -> Iterator[None]:
 
 
 def _processor() -> str:
-    """What ``-march=native`` depends on."""
+    """What code for this very processor depends on."""
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         wanted = ("vendor_id", "cpu family", "model\t", "flags", "Features", "CPU part")
