@@ -44,14 +44,37 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from octavo.algorithms.awq import AwqAlgorithm
+from octavo.algorithms.equalize import EqualizeAlgorithm
 from octavo.algorithms.gptq import GptqAlgorithm
+from octavo.algorithms.hqq import HqqAlgorithm
+from octavo.algorithms.learned_rounding import LearnedRoundingAlgorithm
+from octavo.algorithms.rotate import RotateAlgorithm
 from octavo.algorithms.scale_search import ScaleSearchAlgorithm
+from octavo.algorithms.svdquant import SvdQuantAlgorithm
 from octavo.calibrate.algorithm import Algorithm
-from octavo.spec.steps import Gptq, Options, ScaleSearch, Step
+from octavo.spec.steps import (
+    Awq,
+    Equalize,
+    Gptq,
+    Hqq,
+    LearnedRounding,
+    Options,
+    Rotate,
+    ScaleSearch,
+    Step,
+    SvdQuant,
+)
 
 ALGORITHMS: dict[type[Options], Callable[[Any], Algorithm]] = {
-    Gptq: GptqAlgorithm,
+    Equalize: EqualizeAlgorithm,
+    Awq: AwqAlgorithm,
+    Rotate: RotateAlgorithm,
+    SvdQuant: SvdQuantAlgorithm,
     ScaleSearch: ScaleSearchAlgorithm,
+    Hqq: HqqAlgorithm,
+    Gptq: GptqAlgorithm,
+    LearnedRounding: LearnedRoundingAlgorithm,
 }
 
 

@@ -51,13 +51,16 @@ class InputGroup:
         num_channels: Channels of the tensor: ``in_features`` of a linear layer.
         fold: Where a factor can be folded; ``None`` where it has to stay at the layers as ``pre_scale``.
         columns: ``(in_features,)`` int64, the channel that each column of the weights meets; ``None`` when column ``k``
-            meets channel ``k``. A convolution has one column for every position of its kernel.
+            meets channel ``k``. A convolution has one column for every position of its kernel; in groups it depends on
+            the row, too: ``(out_features, in_features)``.
+        takes_scale: Whether ``set_pre_scale`` is possible.
     """
 
     layers: tuple[str, ...]
     num_channels: int
     fold: Fold | None = None
     columns: Tensor | None = None
+    takes_scale: bool = True
 
     def tie(self, scale: Tensor) -> Tensor:
         """``scale`` as it can be used: one that is folded is the same wherever one producer channel is read."""

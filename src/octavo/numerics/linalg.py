@@ -78,3 +78,34 @@ def compensated(weight: Tensor, gram: Tensor, drift: Tensor, damping: float) -> 
 def output_error(error: Tensor, gram: Tensor) -> Tensor:
     """``tr(E G E^T)``: the squared error of a layer's outputs on all samples behind ``gram``, fp32 ``()``."""
     return (error.float() @ gram.float()).mul_(error.float()).sum()
+
+
+def low_rank(matrix: Tensor, rank: int, *, seed: int = 0, passes: int = 2) -> tuple[Tensor, Tensor]:
+    """``B (rows, rank)`` and ``A (rank, columns)`` with ``B A`` near the best of this rank, fp32.
+
+    Randomized range finder with power iterations (Halko, Martinsson, Tropp, arXiv:0909.4061, algorithms 4.4 and 5.1),
+    ``B`` and ``A`` sharing the singular values evenly, so that either can be stored in bf16.
+
+    Args:
+        matrix: ``(rows, columns)``.
+        rank: At most the smaller side.
+        seed: Of the random directions.
+        passes: Power iterations.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    directions = min(rank + 10, *matrix.shape)
+    wide = matrix.double()
+    sketch = torch.randn(matrix.shape[1], directions, generator=generator, dtype=torch.float64).to(matrix.device)
+    basis, _ = torch.linalg.qr(wide @ sketch)
+    for _ in range(passes):
+        other, _ = torch.linalg.qr(wide.T @ basis)
+        basis, _ = torch.linalg.qr(wide @ other)
+    left, values, right = torch.linalg.svd(basis.T @ wide, full_matrices=False)
+    root = values[:rank].sqrt()
+    return ((basis @ left[:, :rank]) * root).float(), (root.unsqueeze(1) * right[:rank]).float()
+
+
+def right_divided(matrix: Tensor, lower: Tensor) -> Tensor:
+    """``matrix @ lower^-1`` for a lower triangular ``lower``, fp32."""
+    found: Tensor = torch.linalg.solve_triangular(lower, matrix.double(), upper=False, left=False)
+    return found.float()

@@ -68,7 +68,61 @@ class ScaleSearch(Options):
     measure: Measure = "gram"
 
 
-STEPS: dict[str, type[Options]] = {cls.name: cls for cls in (SmoothQuant, Gptq, ScaleSearch)}
+class Awq(Options):
+    """Scales input channels so that weights round well where inputs are large (arXiv:2306.00978).
+
+    ``points`` are the powers tried; ``clip`` then rounds, with the scales that cost least, else later steps round.
+    """
+
+    name: ClassVar[str] = "awq"
+    points: int = Field(default=21, ge=2)
+    clip: bool = True
+
+
+class SvdQuant(Options):
+    """Puts a low-rank branch in full precision beside a weight (arXiv:2411.05007); later steps round the rest."""
+
+    name: ClassVar[str] = "svdquant"
+    rank: int = Field(default=32, ge=1)
+    iterations: int = Field(default=2, ge=1)
+
+
+class Rotate(Options):
+    """Spreads outliers of the input over blocks of channels by Hadamard rotations (arXiv:2404.00456, arXiv:2509.23202).
+
+    ``block``: as wide as the weight's groups, the whole width, or a number of channels.
+    """
+
+    name: ClassVar[str] = "rotate"
+    block: Annotated[int, Field(ge=2)] | Literal["group", "whole"] = "group"
+
+
+class Equalize(Options):
+    """Evens out the ranges of two layers in a row, channel by channel; needs no data (arXiv:1906.04721)."""
+
+    name: ClassVar[str] = "equalize"
+    rounds: int = Field(default=2, ge=1)
+
+
+class Hqq(Options):
+    """Chooses zero points, or scales, by a norm that lets a few large errors be; needs no data (HQQ, 2023)."""
+
+    name: ClassVar[str] = "hqq"
+    p: float = Field(default=0.7, gt=0, le=1)
+    iterations: int = Field(default=20, ge=1)
+
+
+class LearnedRounding(Options):
+    """Learns how all weights of a block are rounded from its outputs, by signed gradients (arXiv:2309.05516)."""
+
+    name: ClassVar[str] = "learned_rounding"
+    steps: int = Field(default=200, ge=1)
+    rate: float = Field(default=0.01, gt=0, le=1)
+
+
+STEPS: dict[str, type[Options]] = {
+    cls.name: cls for cls in (Equalize, SmoothQuant, Awq, Rotate, SvdQuant, ScaleSearch, Hqq, Gptq, LearnedRounding)
+}
 
 
 @dataclass(frozen=True, slots=True)

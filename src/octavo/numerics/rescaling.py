@@ -1,0 +1,106 @@
+"""What a factor for every input channel would do to a group of layers, judged from sums alone: no pass over data.
+
+With ``W`` the weights, ``G`` the Gram matrix of the inputs over their number, and ``s`` the factors that divide the
+input and multiply the weights' columns, the expected squared error of the outputs is ``tr(E G E^T)`` with
+``E = Q(W s) / s - W``, plus what rounding the input costs: the noise of each channel times its column's energy.
+
+Legend: I input channels as the weights meet them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from octavo.numerics.qtensor import fake_quantize
+from octavo.spec.element import CodebookFormat, FloatFormat
+from octavo.spec.tensor_format import PerGroup, TensorFormat
+
+_MOST_ROWS = 256  # of a weight: enough to tell factors apart
+_FLOAT_NOISE = 0.144  # mean squared error of rounding to a float, over its square, times 4^(mantissa bits + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """One of the layers: some rows of its weight, and its format."""
+
+    weight: Tensor
+    format: TensorFormat
+
+    @classmethod
+    def of(cls, weight: Tensor, fmt: TensorFormat) -> Reader:
+        """Evenly spaced rows where there are many."""
+        return cls(weight.float()[:: max(1, weight.shape[0] // _MOST_ROWS)], fmt)
+
+
+@dataclass(frozen=True, slots=True)
+class Rescaling:
+    """Judges factors.
+
+    Args:
+        readers: The layers that read the tensor.
+        gram: ``(I, I)`` mean of ``x^T x``.
+        amax_x: ``(I,)`` largest absolute input.
+        input_format: What the input is rounded to, ``None`` for nothing.
+    """
+
+    readers: Sequence[Reader]
+    gram: Tensor
+    amax_x: Tensor
+    input_format: TensorFormat | None
+
+    def loss(self, scale_I: Tensor) -> float:
+        """Expected squared error of the outputs that are looked at, summed over them."""
+        noise_I = None if self.input_format is None else self._input_noise(scale_I, self.input_format)
+        total = 0.0
+        for reader in self.readers:
+            scaled = reader.weight * scale_I
+            error = fake_quantize(scaled, reader.format).div_(scale_I).sub_(reader.weight)
+            total += float((error @ self.gram).mul_(error).sum())
+            if noise_I is not None:
+                total += float((scaled.square() * noise_I).sum())
+        return total
+
+    def _input_noise(self, scale_I: Tensor, fmt: TensorFormat) -> Tensor:
+        """Variance of the rounding of every channel of ``x / scale``."""
+        element = fmt.element
+        if isinstance(element, FloatFormat):
+            power = self.gram.diagonal() / scale_I.square()
+            if isinstance(fmt.granularity, PerGroup) and power.numel() % fmt.granularity.size == 0:
+                groups = power.view(-1, fmt.granularity.size)
+                power = groups.mean(1, keepdim=True).expand_as(groups).flatten()
+            return power * (_FLOAT_NOISE * 4.0 ** -(element.mantissa_bits + 1))
+        assert not isinstance(element, CodebookFormat), "activations have no codebooks"
+        amax = self.amax_x / scale_I
+        if isinstance(fmt.granularity, PerGroup) and amax.numel() % fmt.granularity.size == 0:
+            groups = amax.view(-1, fmt.granularity.size)
+            top = groups.amax(1, keepdim=True).expand_as(groups).flatten()
+        else:
+            top = amax.amax().expand_as(amax)
+        return (top / element.max).square() / 12
+
+
+def power_scale(up: Tensor, down: Tensor | None, alpha: float) -> Tensor:
+    """``up^alpha / down^(1 - alpha)``, or ``up^alpha`` alone, with a geometric mean of 1.
+
+    SmoothQuant (arXiv:2211.10438), equation 4, with the largest inputs and weights; AWQ (arXiv:2306.00978), equation 5,
+    with the size of the inputs alone.
+
+    Args:
+        up: ``(I,)`` size of the inputs.
+        down: ``(I,)`` size of the weights' columns.
+        alpha: 0 to 1.
+
+    Returns:
+        ``(I,)`` between 1e-4 and 1e4; 1 for a channel that was never active or never used.
+    """
+    live = up > 0 if down is None else (up > 0) & (down > 0)
+    logs = alpha * up.double().clamp(min=1e-30).log()
+    if down is not None:
+        logs = logs - (1 - alpha) * down.double().clamp(min=1e-30).log()
+    logs = torch.where(live, logs, 0.0)
+    mean = logs.sum() / live.sum().clamp(min=1)
+    return torch.where(live, (logs - mean).exp().clamp(1e-4, 1e4), 1.0).float()

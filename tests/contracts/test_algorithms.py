@@ -1,0 +1,135 @@
+"""The battery that every algorithm passes. A new entry of ``ALGORITHMS`` is picked up by itself."""
+
+import pytest
+import torch
+
+from contracts.tensor_block import WIDTH, TensorBlock
+from octavo.algorithms.base import ALGORITHMS, make_algorithms
+from octavo.numerics.qtensor import QTensor, fake_quantize
+from octavo.numerics.statistics import Need
+from octavo.spec.formats import tensor_format
+from octavo.spec.steps import STEPS, make_step
+
+FAST = {"learned_rounding": {"steps": 8}, "svdquant": {"rank": 8}, "hqq": {"iterations": 4}, "awq": {"points": 7}}
+every_step = pytest.mark.parametrize("name", sorted(cls.name for cls in ALGORITHMS))
+every_kind = pytest.mark.parametrize(
+    "kind", ["random", "outliers", "rank-deficient", "dead channels", "single sample", "zeros", "bf16"]
+)
+
+
+def batches(kind: str) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(96, WIDTH, generator=generator) @ torch.randn(WIDTH, WIDTH, generator=generator) / 8
+    match kind:
+        case "outliers":
+            x[:, 7] *= 50
+        case "rank-deficient":
+            x = x[:, :3] @ torch.randn(3, WIDTH, generator=generator)
+        case "dead channels":
+            x[:, ::3] = 0
+        case "single sample":
+            x = x[:1]
+        case "zeros":
+            x = torch.zeros(4, WIDTH)
+    return list(x.split(32))
+
+
+def block_of(kind: str, fmt: str = "int4-group32", input_format: str | None = "int8-tensor") -> TensorBlock:
+    given = None if input_format is None else tensor_format(input_format)
+    dtype = torch.bfloat16 if kind == "bf16" else torch.float32
+    return TensorBlock(batches(kind), tensor_format(fmt), input_format=given, dtype=dtype)
+
+
+def run(block: TensorBlock, *names: str) -> dict[str, str]:
+    """The steps on the block, as the walk runs them."""
+    steps = make_algorithms([make_step(name, FAST.get(name)) for name in names])
+    block.gather(frozenset().union(*(algorithm.needs for _, algorithm in steps)) | {Need.RANGE})
+    left: dict[str, str] = {}
+    for _, algorithm in steps:
+        before = block.copy()
+        left |= algorithm.apply(block, block.layers())
+        if algorithm.preserves_function:
+            # bf16 weights are rounded when they are scaled
+            assert block.error(before) <= (1e-9 if block.weights["first"].dtype is torch.float32 else 1e-3)
+    return left
+
+
+def stored(block: TensorBlock) -> list[torch.Tensor]:
+    found = [*block.weights.values(), *block.scales.values(), *block.bias.values()]
+    for q in block.fixed.values():
+        found += [q.codes, q.scale.codes if isinstance(q.scale, QTensor) else q.scale]
+    return found + [part for pair in block.branches.values() for part in pair]
+
+
+def rounded(block: TensorBlock) -> TensorBlock:
+    """What no step fixed is rounded to nearest."""
+    for layer in block.layers():
+        if layer not in block.fixed:
+            block.weights[layer] = fake_quantize(block.weights[layer], block.fmt)
+    return block
+
+
+def test_every_algorithm_has_its_step():
+    assert set(ALGORITHMS) <= set(STEPS.values())
+
+
+@every_step
+@every_kind
+def test_nothing_breaks_it_and_what_it_declares_is_true(name, kind):
+    block, again = block_of(kind), block_of(kind)
+    left = run(block, name)
+    assert all(value.isfinite().all() for value in stored(block))
+    assert set(left) <= set(block.layers())
+    assert all(left.values())
+    run(again, name)
+    assert all(torch.equal(a, b) for a, b in zip(stored(block), stored(again), strict=True))
+
+
+@every_step
+@pytest.mark.parametrize(
+    "fmt", ["nvfp4", "mxfp4", "int4-group32-asymmetric", "int8-channel", "int4-group32-full-range"]
+)
+def test_fixed_weights_have_the_format_of_the_plan(name, fmt):
+    block = block_of("random", fmt)
+    run(block, name)
+    for layer, codes in block.fixed.items():
+        assert codes.format == tensor_format(fmt)
+        assert torch.equal(codes.dequantize(), block.weights[layer])
+
+
+@pytest.mark.parametrize("fmt", ["nvfp4", "mxfp4", "int4-group32", "int3-group32"])
+@pytest.mark.parametrize(
+    "names", [("awq",), ("gptq",), ("scale_search",), ("svdquant",), ("learned_rounding",)], ids=str
+)
+def test_outputs_are_nearer_than_by_rounding_to_nearest(names, fmt):
+    reference = block_of("random", fmt, None)
+    block = block_of("random", fmt, None)
+    run(block, *names)
+    assert rounded(block).error(reference) < 0.93 * rounded(reference.copy()).error(reference)
+
+
+def test_steps_compose():
+    reference, block = block_of("outliers", "mxfp4", None), block_of("outliers", "mxfp4", None)
+    assert not run(block, "rotate", "svdquant", "gptq")
+    assert set(block.fixed) == set(block.layers())
+    assert block.error(reference) < 0.3 * rounded(reference.copy()).error(reference)
+
+
+def test_learned_rounding_betters_what_it_starts_from():
+    reference = block_of("random", "int3-group32", None)
+    errors = []
+    for name, options in (("gptq", None), ("learned_rounding", {"steps": 200})):
+        block = block_of("random", "int3-group32", None)
+        ((_, algorithm),) = make_algorithms([make_step(name, options)])
+        block.gather(frozenset(algorithm.needs))
+        algorithm.apply(block, block.layers())
+        errors.append(block.error(reference))
+    assert errors[1] < 0.95 * errors[0]
+
+
+def test_a_layer_without_data_is_left_with_the_reason():
+    block = block_of("random")
+    block.batches = []
+    left = run(block, "gptq")
+    assert set(left) == set(block.layers())
+    assert "calibration" in left["first"] or "Gram" in left["first"]
