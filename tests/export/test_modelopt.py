@@ -25,6 +25,7 @@ from export.handmade import (
 from octavo.errors import UserError
 from octavo.export.base import EXPORTERS, exporter
 from octavo.export.views import dequantized_weights
+from octavo.numerics.qtensor import QTensor
 from octavo.numerics.snapshot import ActivationScale, LayerSnapshot
 from octavo.readers.compare import compare_weights
 from octavo.spec.facts import Slot
@@ -436,6 +437,19 @@ def test_extras_without_a_place_are_never_dropped_in_silence(tmp_path: Path) -> 
     add_attention(made, "smooth", query="e4m3-tensor")
     add_extras(made, pre_scale=matrix(4))
     with pytest.raises(UserError, match="'smooth': the layout scales the inputs of quantized weights only"):
+        write(made, tmp_path / "out")
+
+
+def test_group_scales_that_overflow_in_fp8_stop_the_export(tmp_path: Path) -> None:
+    made = Handmade()
+    add_layer(made, "up", (4, 128), "nvfp4-in-fp8", "e4m3-tensor")
+    weight = made.members[0].weight
+    assert weight is not None
+    assert isinstance(weight.scale, QTensor)
+    weight.scale.codes[0, 0] = 0x6A  # 80, and 72 is the largest E4M3 below 448 / 6
+    with pytest.raises(
+        UserError, match=r"'up': kernels unpack its weights to FP8, where the group scale 80 times 6 exc"
+    ):
         write(made, tmp_path / "out")
 
 

@@ -25,7 +25,7 @@ from octavo.export.modelopt_labels import (
     label_of,
     layer_problem,
 )
-from octavo.export.modelopt_tensors import cache_tensors, extra_tensors, layer_tensors, static_scale
+from octavo.export.modelopt_tensors import cache_tensors, extra_tensors, layer_tensors, static_scale, value_problem
 from octavo.export.shards import ShardWriter
 from octavo.numerics.snapshot import LayerSnapshot, Snapshot
 from octavo.spec.facts import Slot
@@ -120,9 +120,11 @@ def _checked_label(layer: LayerSnapshot) -> Label | None:
     problem = layer_problem(formats)
     if problem is None and layer.weight is None and (layer.pre_scale is not None or layer.input_rotation):
         problem = "the layout scales the inputs of quantized weights only"
+    label = label_of(formats)
+    problem = problem or (None if label is None else value_problem(layer, label))
     if problem:
         raise UserError(f"layout 'modelopt' cannot hold {_problem_text(layer.name, problem)}")
-    return label_of(formats)
+    return label
 
 
 def _problem_text(layer: str, problem: str) -> str:

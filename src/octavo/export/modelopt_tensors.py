@@ -10,7 +10,7 @@ from torch import Tensor
 from octavo.backends.codes import pack
 from octavo.errors import UserError
 from octavo.export.modelopt_labels import CACHE_SLOTS, Label
-from octavo.export.modelopt_rows import FP4_LABELS, INT4_LABELS, Rounded, is_cache_nvfp4
+from octavo.export.modelopt_rows import FP4_LABELS, INT4_LABELS, TOP_IN_FP8, Rounded, is_cache_nvfp4
 from octavo.export.views import channel_scale_to_parameter, to_parameter
 from octavo.numerics.qtensor import QTensor
 from octavo.numerics.snapshot import LayerSnapshot
@@ -30,6 +30,17 @@ def layer_tensors(layer: LayerSnapshot, label: Label) -> Iterator[tuple[str, Ten
     inputs = layer.activations.get(Slot.INPUT)
     if inputs is not None and not inputs.is_dynamic:
         yield layer.weight_name.removesuffix("weight") + "input_scale", static_scale(layer, Slot.INPUT)
+
+
+def value_problem(layer: LayerSnapshot, label: Label) -> str | None:
+    """Why the layout cannot hold the layer's values, although it holds its formats."""
+    weight = layer.weight
+    if label.algorithm != "W4A8_NVFP4_FP8" or weight is None or not isinstance(weight.scale, QTensor):
+        return None
+    largest = float(weight.scale.codes.view(torch.float8_e4m3fn).float().amax()) if weight.codes.numel() else 0.0
+    if largest <= TOP_IN_FP8:
+        return None
+    return f"kernels unpack its weights to FP8, where the group scale {largest:g} times 6 exceeds {_E4M3_MAX:g}"
 
 
 def extra_tensors(layer: LayerSnapshot, label: Label) -> Iterator[tuple[str, Tensor]]:
