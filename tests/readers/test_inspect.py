@@ -13,11 +13,12 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from export.handmade import Handmade, add_layer, small_fp8
+from export.handmade import Handmade, add_extras, add_layer, small_fp8, some_extras
 from octavo.export.base import EXPORTERS
 from octavo.export.checkpoint import tensor_bytes
 from octavo.export.run import write_run
 from octavo.export.shards import ShardWriter
+from octavo.numerics.qtensor import QTensor
 from octavo.readers.inspect import Concern, inspect
 from octavo.report.inspection import render_inspection
 from octavo.spec.records import RunRecord
@@ -97,6 +98,67 @@ def test_suspicious_scales(layout: str, issue: str, tmp_path: Path) -> None:
         out, name = tmp_path / "out", "up.weight_scale"
         EXPORTERS[layout].write(made, made.plan, source_directory=None, out=out, float_dtype=None)
     assert inspect(out).concerns == (Concern(name, issue, text),)
+
+
+CODES = {  # of a scale in 8 bits: NaN, and 0
+    "nvfp4": (0x7F, {"run": ("up.weight.scale",), "modelopt": ("up.weight_scale",)}),
+    "mxfp4": (0xFF, {"run": ("up.weight.scale",), "modelopt": ("up.weight_scale",)}),
+}
+
+
+@pytest.mark.parametrize("layout", ["run", "modelopt"])
+@pytest.mark.parametrize("fmt", CODES)
+def test_scales_in_8_bits_are_looked_at_by_what_they_mean(layout: str, fmt: str, tmp_path: Path) -> None:
+    code, names = CODES[fmt]
+    made = Handmade()
+    add_layer(made, "up", (4, 64), fmt)
+    weight = made.members[0].weight
+    assert weight is not None
+    assert isinstance(weight.scale, QTensor)
+    weight.scale.codes[0, 0] = code
+    if layout == "run":
+        out = run_of(made, tmp_path / "out")
+    else:
+        out = tmp_path / "out"
+        EXPORTERS[layout].write(made, made.plan, source_directory=None, out=out, float_dtype=None)
+    found = [concern for concern in inspect(out).concerns if concern.issue == "nan"]
+    assert [concern.name for concern in found] == list(names[layout])
+    assert found[0].text.startswith("1 of ")
+
+
+@pytest.mark.parametrize("layout", ["run", "modelopt"])
+def test_scales_of_the_full_range_may_be_negative(layout: str, tmp_path: Path) -> None:
+    made = Handmade()
+    add_layer(made, "up", (4, 64), "int4-group32-full-range")
+    weight = made.members[0].weight
+    assert weight is not None
+    assert bool((weight.scale < 0).any())  # type: ignore[operator]
+    out = tmp_path / "out"
+    if layout == "run":
+        run_of(made, out)
+    else:
+        EXPORTERS[layout].write(made, made.plan, source_directory=None, out=out, float_dtype=None)
+    assert inspect(out).concerns == ()
+
+
+@pytest.mark.parametrize("layout", ["run", "modelopt"])
+def test_what_lies_beside_a_layer_is_listed(layout: str, tmp_path: Path) -> None:
+    made = Handmade()
+    add_layer(made, "up", (4, 128), "nvfp4", "nvfp4")
+    add_extras(made, **some_extras(4, 128))
+    out = tmp_path / "out"
+    if layout == "run":
+        run_of(made, out)
+    else:
+        EXPORTERS[layout].write(made, made.plan, source_directory=None, out=out, float_dtype=None)
+    found = inspect(out)
+    rows = {row.name: (row.kind, row.format, row.shape) for row in found.rows if row.kind == "extra"}
+    assert rows == {
+        "up.pre_scale": ("extra", "pre_scale", (128,)),
+        "up.low_rank.a": ("extra", "low_rank", (2, 128)),
+        "up.low_rank.b": ("extra", "low_rank", (4, 2)),
+    }
+    assert found.tensor_bytes == tensor_bytes(out)
 
 
 def test_an_input_scale_of_one_and_a_missing_one(tmp_path: Path) -> None:
