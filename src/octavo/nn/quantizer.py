@@ -23,6 +23,7 @@ from octavo.nn.packed import PackedTensor, blank_scale
 from octavo.nn.views import WeightView
 from octavo.numerics.observers import NotFiniteError, Observer, make_observer
 from octavo.numerics.qtensor import QTensor, quantize_scale
+from octavo.numerics.scale_search import outer_scale, search_scales
 from octavo.numerics.scaling import outer_scale_from_amax, scale_from_range, search_scale
 from octavo.spec.facts import Slot
 from octavo.spec.plan import QuantizerSpec
@@ -223,11 +224,12 @@ class WeightQuantizer(Quantizer):
 
     def __init__(self, name: str, spec: QuantizerSpec, view: WeightView, key: str) -> None:
         fmt = spec.format
-        if spec.observer.name not in ("absmax", "mse") or (spec.observer.name == "mse" and not fmt.is_symmetric):
+        if spec.observer.name not in ("absmax", "mse"):
             raise UserError(
-                f"quantizer '{name}': a weight's range is found by absmax or, in a symmetric format, by mse; "
-                f"{spec.observer.name} is for activations"
+                f"quantizer '{name}': a weight's range is found by absmax or mse, not by {spec.observer.name}"
             )
+        if spec.observer.name == "mse" and fmt.offset is not None:
+            raise UserError(f"quantizer '{name}': no scale search for {fmt}, whose values are centred: use absmax")
         shape = fmt.granularity.scale_shape(view.matrix_shape)
         super().__init__(name, spec, None if fmt.is_plain or fmt.is_nested else shape)
         self.stored_scale: PackedTensor | None = None
@@ -297,7 +299,7 @@ class WeightQuantizer(Quantizer):
         if fmt.is_plain:
             self.mode = Mode.QUANTIZE
         elif self.spec.observer.name == "mse":
-            self.set_range(search_scale(matrix, fmt, loops=loops_for(matrix, fmt)), None)
+            self.set_range(*self._searched(matrix, shared_amax))
         elif fmt.is_nested:
             outer = None if shared_amax is None else outer_scale_from_amax(shared_amax, fmt)
             found = quantize(matrix, fmt, outer_scale=outer)
@@ -305,6 +307,13 @@ class WeightQuantizer(Quantizer):
             self.set_range(found.scale, found.zero_point)
         else:
             self.set_range(*range_of(matrix, fmt))
+
+    def _searched(self, matrix: Tensor, shared_amax: Tensor | None) -> tuple[Tensor | QTensor, Tensor | None]:
+        fmt = self.spec.format
+        if fmt.is_symmetric and not fmt.is_nested:
+            return search_scale(matrix, fmt, loops=loops_for(matrix, fmt)), None
+        is_shared = shared_amax is not None and fmt.is_nested
+        return search_scales(matrix, fmt, outer=outer_scale(shared_amax, fmt) if is_shared else None)
 
     @torch.no_grad()
     def codes(self, weight: Tensor) -> QTensor:
