@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from octavo.numerics.qtensor import quantize
+from octavo.numerics.qtensor import QTensor, quantize
 from octavo.numerics.snapshot import ActivationScale, LayerSnapshot, Snapshot
 from octavo.spec.facts import QUANTIZER_NAMES, ModelFacts, SiteFacts, Slot
 from octavo.spec.formats import tensor_format
@@ -64,8 +64,9 @@ def add_layer(
     is_dynamic: bool = False,
     is_transposed: bool = False,
     seed: int = 0,
+    quantized: QTensor | None = None,
 ) -> None:
-    """A layer whose parameter has ``shape`` (inputs first where ``is_transposed``)."""
+    """A layer whose parameter has ``shape`` (inputs first where ``is_transposed``); ``quantized`` spares the work."""
     value = matrix(*shape, seed=seed + len(made.decisions))
     seen = (value.transpose(0, 1) if is_transposed else value).flatten(1)
     scheme: dict[Slot, QuantizerSpec] = {}
@@ -84,7 +85,7 @@ def add_layer(
                 name,
                 operation,
                 weight_name=key if weight is not None else "",
-                weight=quantize(seen, _format(weight)) if weight is not None else None,
+                weight=quantized or (quantize(seen, _format(weight)) if weight is not None else None),
                 weight_shape=shape if weight is not None else (),
                 is_transposed=is_transposed and weight is not None,
                 activations=activations,
