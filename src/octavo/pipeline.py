@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from octavo.algorithms.base import make_algorithms
 from octavo.backends.environment import environment, peak_memory_bytes
-from octavo.calibrate.batches import calibrate, require_no_data
+from octavo.calibrate.batches import Calibrated, calibrate, require_no_data
+from octavo.calibrate.blockwise import calibrate_blockwise, matchers, require_data_for
 from octavo.errors import UserError
 from octavo.evaluate import LOWER_IS_BETTER, Measure, Outputs, Task, difference
 from octavo.evaluate.fidelity import Fidelity
@@ -23,6 +25,7 @@ from octavo.export.run import write_run
 from octavo.export.run_files import RunFiles, read_run
 from octavo.export.views import dequantized_weights
 from octavo.nn.door import TorchDoor
+from octavo.nn.originals import watched
 from octavo.numerics.arrays import array_of, tensor_of, tensors_in
 from octavo.numerics.door import Door
 from octavo.numerics.snapshot import Agreement, Snapshot
@@ -113,6 +116,7 @@ def quantize(
     target: str = "",
     baseline: Metrics | None = None,
     require_coverage: float | None = None,
+    keep_original: bool = False,
     clock: Clock | None = None,
     track: Track = silent,
     on_plan: Callable[[Plan], None] = lambda the_plan: None,
@@ -130,12 +134,14 @@ def quantize(
         target: Where the files will run.
         baseline: What the same tasks said of the unquantized model before (``Run.baseline``).
         require_coverage: Least share of parameters, 0 to 1, that must get a quantized weight.
+        keep_original: Keep a copy of the model's tensors where steps change them, so that ``strip`` gives them back.
         clock: Counts the phases; a new one unless given.
         track: Told of progress.
         on_plan: Told of the plan before any work.
 
     Raises:
-        UserError: the recipe does not fit the model, the data or a layout; the model is then as it was.
+        UserError: the recipe does not fit the model, the data or a layout; the model is then as it was. An error of a
+            step that has changed weights already says so, unless the originals are kept.
     """
     clock = clock or Clock()
     loaded = _loaded(model)
@@ -148,6 +154,7 @@ def quantize(
         if require_coverage is not None:
             check_coverage(the_plan, require_coverage)
         _refuse_early(the_plan, batches, layouts, tasks, loaded)
+        _refuse_steps(the_plan, the_recipe, batches)
     on_plan(the_plan)
     with clock.phase("evaluate"):
         references = {task.name: task.outputs(loaded) for task in tasks}
@@ -155,9 +162,10 @@ def quantize(
     with clock.phase("calibrate"):
         door.prepare(the_plan)
         try:
-            calibrated = calibrate(door, the_plan, batches, track=track)
-        except BaseException:
-            door.strip()
+            with watched(loaded.model, tuple(step.name for step in the_recipe.steps), keep=keep_original):
+                calibrated = _calibrate(door, the_plan, the_recipe, batches, track)
+        except BaseException as error:
+            _take_back(door, error)
             raise
     with clock.phase("evaluate"):
         after = _measure(loaded, tasks, references, track, the_recipe.name)
@@ -171,7 +179,7 @@ def quantize(
     left = tuple(f"quantizer '{name}' stays off: {why}" for name, why in calibrated.off.items())
     record = dataclasses.replace(
         record,
-        warnings=(*record.warnings, *left, *rare_experts(the_plan, calibrated.expert_tokens)),
+        warnings=(*record.warnings, *left, *calibrated.notes, *rare_experts(the_plan, calibrated.expert_tokens)),
         experts=_experts_records(the_plan, calibrated.expert_tokens),
     )
     return Run(loaded, the_recipe, the_plan, record, door, before)
@@ -591,6 +599,30 @@ def _refuse_early(
     _refuse_misfits(the_plan, layouts)
     for task in tasks:
         task.check(loaded)
+
+
+def _take_back(door: Door, error: BaseException) -> None:
+    try:
+        door.strip()
+    except UserError as refusal:
+        error.add_note(str(refusal))
+
+
+def _refuse_steps(the_plan: Plan, recipe: Recipe, batches: Iterable[Any] | None) -> None:
+    matchers(the_plan, recipe.steps)
+    if batches is None:
+        require_data_for(make_algorithms(recipe.steps))
+
+
+def _calibrate(door: Door, the_plan: Plan, recipe: Recipe, batches: Iterable[Any] | None, track: Track) -> Calibrated:
+    """One pass over the data; block by block where the recipe has steps."""
+    steps = make_algorithms(recipe.steps)
+    if not steps:
+        return calibrate(door, the_plan, batches, track=track)
+    wanted = recipe.calibration.inputs
+    rounds = any(not algorithm.preserves_function for _, algorithm in steps)
+    is_quantized = wanted == "quantized" or (wanted == "auto" and rounds)
+    return calibrate_blockwise(door, the_plan, steps, batches, is_quantized=is_quantized, track=track)
 
 
 def _refuse_misfits(the_plan: Plan, layouts: Iterable[str]) -> None:

@@ -98,6 +98,18 @@ def test_int4_group_searches_scales_by_weight_error() -> None:
     assert (wanted.format, wanted.observer) == (FORMATS["int4-group128"], ObserverSpec("mse"))
 
 
+def test_the_steps_of_a_file_replace_those_of_the_recipe_that_it_extends(tmp_path: Path) -> None:
+    base = tmp_path / "base.yaml"
+    base.write_text("extends: int8\nsteps: [{smoothquant: {alpha: 0.7}, select: '*.fc1'}, gptq]\n")
+    step, gptq = load_recipe(base).steps
+    assert (step.options.alpha, step.select, gptq.name) == (0.7, ("*.fc1",), "gptq")
+    (tmp_path / "same.yaml").write_text("extends: base.yaml\n")
+    (tmp_path / "none.yaml").write_text("extends: base.yaml\nsteps: []\n")
+    assert load_recipe(tmp_path / "same.yaml").steps == (step, gptq)
+    assert load_recipe(tmp_path / "none.yaml").steps == ()
+    assert read(load_recipe(base).to_yaml()) == load_recipe(base)
+
+
 def test_a_recipe_loads_as_itself() -> None:
     recipe = Recipe("mine", ())
     assert load_recipe(recipe) is recipe
@@ -275,6 +287,10 @@ RULE = "rules:\n  - select: '*'\n"
         (RULE + "    leave: true\ncalibration: {percentile: 101}\n", 4, "percentile 101 is not between"),
         ("name: !!python/object:os.system x\n", 1, "not YAML: could not determine a constructor"),
         ("name: a\nextends: fp9\n", 2, "cannot extend 'fp9': unknown recipe 'fp9': did you mean 'fp8'?"),
+        ("extends: int8\nsteps:\n  - gptq\n  - smoothqant: {}\n", 4, "unknown step 'smoothqant': did you mean"),
+        ("extends: int8\nsteps:\n  - smoothquant:\n      alpha: 7\n", 4, "step smoothquant: alpha: input should be"),
+        ("extends: int8\nsteps: gptq\n", 2, "steps: input should be a valid list, not 'gptq'"),
+        ("extends: int8\ncalibration: {inputs: both}\n", 2, "calibration inputs are auto, quantized, unquantized"),
         ("[" * 5000, None, "nested too deeply for a recipe"),
         ("name: \x00", None, "not YAML"),
     ],
@@ -291,7 +307,7 @@ def test_several_mistakes_are_told_at_once() -> None:
         "mine.yaml, line 3: unknown field 'selct' in a rule: did you mean 'select'?  fields are select, scheme, leave, "
         "optional",
         "mine.yaml, line 1: unknown field 'nam' in the recipe: did you mean 'name'?  fields are name, description, "
-        "aliases, extends, rules, calibration",
+        "aliases, extends, rules, steps, calibration",
     ]
 
 

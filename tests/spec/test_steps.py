@@ -13,7 +13,7 @@ from octavo.spec.steps import STEPS, Gptq, SmoothQuant, Step, make_step, parse_s
     [
         ("gptq", Gptq(), ()),
         ({"gptq": None}, Gptq(), ()),
-        ({"smoothquant": {"alpha": "search"}}, SmoothQuant(alpha="search"), ()),
+        ({"smoothquant": {"alpha": 0.75}}, SmoothQuant(alpha=0.75), ()),
         ({"gptq": {"damping": 0.05}, "select": "*.fc1"}, Gptq(damping=0.05), ("*.fc1",)),
         ({"gptq": {}, "select": ["*.fc1", "type:Linear"]}, Gptq(), ("*.fc1", "type:Linear")),
     ],

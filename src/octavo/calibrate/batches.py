@@ -25,11 +25,15 @@ class Calibrated:
         num_batches: Forward passes that were observed.
         off: Quantizer name -> why it stays off.
         expert_tokens: Layer of experts -> tokens that each of them got.
+        block_errors: Block -> squared error of its simulated output over the square of the full-precision one.
+        notes: What steps left alone, and why.
     """
 
     num_batches: int
     off: dict[str, str] = field(default_factory=dict)
     expert_tokens: dict[str, list[int]] = field(default_factory=dict)
+    block_errors: dict[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def needs_data(plan: Plan) -> list[str]:

@@ -1,91 +1,510 @@
-"""Blocks of a torch model: the repeating parts, as algorithms see them."""
+"""Blocks of a torch model as algorithms see them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from octavo.nn.layers import layer_kind
-from octavo.nn.quantizer import ActivationQuantizer, WeightQuantizer
-from octavo.numerics.observers import Observer
+from octavo.errors import UserError
+from octavo.nn.block_layers import BlockLayer, block_layers
+from octavo.nn.calls import KeptTree, Tree, floating
+from octavo.nn.experts import ExpertWatch
+from octavo.nn.extras import INPUT_TRANSFORM, LOW_RANK, InputTransform, Listener, LowRank
+from octavo.nn.flow import Link, LinkFinder, Trial, divide_columns
+from octavo.nn.fusion import Member, shared_amaxes
+from octavo.nn.quantizer import ActivationQuantizer, Mode, Quantizer, new_observer
+from octavo.numerics.door import Fold, InputGroup
+from octavo.numerics.observers import AbsMaxObserver, NotFiniteError
+from octavo.numerics.qtensor import QTensor
+from octavo.numerics.rotation import rotate
+from octavo.numerics.statistics import Gatherer, InputStatistics, Need
+from octavo.numerics.store import Store
+from octavo.spec.plan import QuantizerSpec
+
+
+class Feed(Protocol):
+    """How a block gets its inputs, runs, and hands on what it made."""
+
+    num_batches: int
+    has_successor: bool
+
+    def run(self, index: int, *, full: bool = False) -> Tree:
+        """The forward on one batch; ``full``: on the inputs of the unquantized path."""
+        ...
+
+    def keep(self, index: int, output: Tree, *, full: bool = False) -> None:
+        """Hand an output on to what comes next."""
+        ...
+
+    def release(self) -> None:
+        """The inputs are not needed any more."""
+        ...
+
+    def run_sample(self) -> Tree:
+        """The forward on a few samples."""
+        ...
 
 
 class TorchBlock:
-    """``numerics.door.Block`` for one module of a torch model."""
+    """``numerics.door.Block`` for a part of a torch model.
 
-    def __init__(self, name: str, module: nn.Module) -> None:
+    Args:
+        name: Path of the module, or what a segment between blocks is called.
+        model: The whole model.
+        root: The module that the block is, or the model.
+        quantizers: Those that belong to the block.
+        feed: See there.
+        store: Where outputs wait.
+        is_quantized: What comes next gets simulated outputs.
+        keeps_full: The unquantized path is followed, too.
+        fused: Names of layers that engines join, group by group.
+        experts: Counts the tokens of experts.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        model: nn.Module,
+        root: nn.Module,
+        quantizers: Sequence[Quantizer],
+        feed: Feed,
+        store: Store,
+        is_quantized: bool,
+        keeps_full: bool,
+        fused: Sequence[Sequence[str]] = (),
+        experts: ExpertWatch | None = None,
+    ) -> None:
         self.name = name
-        self.module = module
+        self._experts = experts
+        self._fused = fused
+        self.feed = feed
+        self._root = root
+        self._quantizers = list(quantizers)
+        self._layers = block_layers(model, self._quantizers)
+        self._store = store
+        self._is_quantized = is_quantized
+        self._keeps_full = keeps_full
+        self._leader: dict[str, str] = {}
+        self._channels: dict[str, int] = {}
+        self._statistics: dict[str, InputStatistics] = {}
+        self._links: dict[str, Link | None] = {}
+        self._groups: list[InputGroup] | None = None
+        self._targets: list[KeptTree] = []
+        self._reference: list[Tensor] | None = None
+        self._has_folded = False
 
-    def _path(self, layer: str) -> str:
-        return layer.removeprefix(self.name).lstrip(".")
-
-    def _full(self, path: str) -> str:
-        return ".".join(part for part in (self.name, path) if part)
+    # What an algorithm reads
 
     def layers(self) -> Sequence[str]:
-        """Layers with a weight quantizer of their own."""
-        return [
-            self._full(path)
-            for path, module in self.module.named_modules()
-            if any(isinstance(child, WeightQuantizer) for child in module.children()) and "weight" in module._parameters
-        ]
-
-    def _weight(self, layer: str) -> tuple[nn.Module, Tensor]:
-        module = self.module.get_submodule(self._path(layer))
-        return module, module.get_parameter("weight")
+        """See ``Block.layers``."""
+        return [*self._leader, *(name for name in self._layers if name not in self._leader)]
 
     def read_weight(self, layer: str) -> Tensor:
         """See ``Block.read_weight``."""
-        module, weight = self._weight(layer)
-        kind = layer_kind(module)
-        assert kind is not None
-        return kind.view(weight).to_matrix(weight.detach())
+        return self._layers[layer].matrix
 
-    @torch.no_grad()
+    def read_bias(self, layer: str) -> Tensor | None:
+        """See ``Block.read_bias``."""
+        bias = self._layers[layer].bias
+        return None if bias is None else bias.detach()
+
+    def weight_spec(self, layer: str) -> QuantizerSpec:
+        """See ``Block.weight_spec``."""
+        return self._layers[layer].quantizer.spec
+
+    def input_spec(self, layer: str) -> QuantizerSpec | None:
+        """See ``Block.input_spec``."""
+        quantizer = self._layers[layer].input_quantizer
+        return None if quantizer is None else quantizer.spec
+
+    def statistics(self, layer: str) -> InputStatistics:
+        """See ``Block.statistics``."""
+        return self._statistics.get(self._leader.get(layer, layer), InputStatistics(0))
+
+    def groups(self) -> Sequence[InputGroup]:
+        """See ``Block.groups``."""
+        if self._groups is None:
+            by_leader: dict[str, list[str]] = {}
+            for name in self.layers():
+                by_leader.setdefault(self._leader.get(name, name), []).append(name)
+            self._links = self._find_links(by_leader) if self._leader else {}
+            self._groups = [self._group(leader, tuple(names)) for leader, names in by_leader.items()]
+        return self._groups
+
+    def _group(self, leader: str, names: tuple[str, ...]) -> InputGroup:
+        layer = self._layers[leader]
+        channels = self._channels.get(leader, layer.quantizer.view.matrix_shape[-1])
+        link = self._links.get(leader)
+        fold = None if link is None else Fold(link.producer.path, link.sources)
+        takes_scale = all(self._layers[name].takes_scale for name in names)
+        return InputGroup(names, channels, fold, layer.columns(channels), takes_scale)
+
+    # What an algorithm changes
+
     def write_weight(self, layer: str, value: Tensor) -> None:
         """See ``Block.write_weight``."""
-        module, weight = self._weight(layer)
-        kind = layer_kind(module)
-        assert kind is not None
-        weight.copy_(kind.view(weight).to_parameter(value))
+        self._refuse_fixed((layer,), "written to")
+        self._layers[layer].write(value)
 
-    def observers(self) -> Mapping[str, Observer]:
-        """See ``Block.observers``."""
+    @torch.no_grad()
+    def write_bias(self, layer: str, value: Tensor) -> None:
+        """See ``Block.write_bias``."""
+        bias = self._layers[layer].bias
+        assert bias is not None, "there is no bias to write to"
+        bias.copy_(value)
+
+    @torch.no_grad()
+    def fix_weight(self, layer: str, value: QTensor) -> None:
+        """See ``Block.fix_weight``."""
+        found = self._layers[layer]
+        found.quantizer.fix(found.parameter, value)
+
+    @torch.no_grad()
+    def set_pre_scale(self, group: InputGroup, scale: Tensor) -> None:
+        """See ``Block.set_pre_scale``."""
+        self._refuse_fixed(group.layers, "scaled")
+        scale = scale.detach().float()
+        if not bool((scale.isfinite() & (scale > 0)).all()):
+            raise UserError(f"layer '{group.layers[0]}': a scale of its input is not positive and finite")
+        layers = [self._layers[name] for name in group.layers]
+        if not group.takes_scale:
+            raise UserError(f"layer '{group.layers[0]}': its input cannot be scaled channel by channel")
+        link = self._links.get(self._leader.get(group.layers[0], group.layers[0]))
+        if link is None:
+            transform = self._transform(group)
+            transform.divide(scale)
+            divide_columns(layers, (), 1 / scale)
+        else:
+            scale = group.tie(scale)
+            factors = torch.ones(link.producer.size, device=scale.device)
+            factors[link.sources] = 1 / scale
+            self._refuse_fixed(self._names_of(link.producer.module), "scaled")
+            link.producer.multiply(factors)
+            divide_columns(layers, link.followers, 1 / scale)
+            self._has_folded = True
+        self._update(group, lambda known: known.divided_by(group.per_column(scale)))
+
+    @torch.no_grad()
+    def set_input_rotation(self, group: InputGroup, block_size: int) -> None:
+        """See ``Block.set_input_rotation``."""
+        self._refuse_fixed(group.layers, "rotated")
+        layers = [self._layers[name] for name in group.layers]
+        if not all(layer.is_linear and layer.is_plain for layer in layers):
+            raise UserError(f"layer '{group.layers[0]}': only the inputs of linear layers can be rotated")
+        turned = [rotate(layer.matrix.float(), block_size) for layer in layers]
+        self._transform(group).rotate(block_size, layers[0].parameter.device)
+        for layer, weight in zip(layers, turned, strict=True):
+            layer.write(weight)
+        self._update(group, lambda known: known.turned(partial(rotate, block_size=block_size)))
+
+    def set_low_rank(self, layer: str, a: Tensor, b: Tensor) -> None:
+        """See ``Block.set_low_rank``."""
+        found = self._layers[layer]
+        if not found.takes_low_rank:
+            raise UserError(f"layer '{layer}': a low-rank branch needs a linear layer that has none yet")
+        dtype = found.parameter.dtype
+        found.holder.add_module(LOW_RANK, LowRank(a.detach().to(dtype), b.detach().to(dtype)))
+
+    def _update(self, group: InputGroup, change: Any) -> None:
+        leader = self._leader.get(group.layers[0])
+        if leader in self._statistics:
+            self._statistics[leader] = change(self._statistics[leader])
+
+    def _transform(self, group: InputGroup) -> InputTransform:
+        layers = [self._layers[name] for name in group.layers]
+        found = layers[0].transform
+        if found is None:
+            found = InputTransform(group.num_channels, layers[0].channel_axis, len(layers))
+            for layer in layers:
+                layer.holder.add_module(INPUT_TRANSFORM, found)
+        return found
+
+    def _refuse_fixed(self, names: Iterable[str], what: str) -> None:
+        for name in names:
+            if self._layers[name].quantizer.is_fixed:
+                raise UserError(
+                    f"layer '{name}': its weight is rounded already and cannot be {what} any more; "
+                    "steps that scale, rotate or change weights come before those that round them"
+                )
+
+    def _names_of(self, module: nn.Module) -> list[str]:
+        return [layer.name for layer in self._layers.values() if layer.owner is module]
+
+    # Runs
+
+    def inputs(self) -> Iterable[int]:
+        """See ``Block.inputs``; here they are numbers of batches."""
+        return range(self.feed.num_batches)
+
+    def targets(self) -> Iterator[Sequence[Tensor]]:
+        """See ``Block.targets``."""
+        for kept in self._targets:
+            yield floating(kept.tree().leaves)
+
+    def run(self, inputs: int, weights: Mapping[str, Tensor] | None = None) -> Sequence[Tensor]:
+        """See ``Block.run``."""
+        given = weights or {}
+        for name, weight in given.items():
+            layer = self._layers[name]
+            layer.quantizer.override = layer.quantizer.view.to_parameter(weight)
+        try:
+            return floating(self.feed.run(inputs).leaves)
+        finally:
+            for name in given:
+                self._layers[name].quantizer.override = None
+
+    def probe(self) -> Sequence[Tensor]:
+        """See ``Block.probe``."""
+        if not self.feed.num_batches:
+            return ()
+        with torch.no_grad(), self._modes(lambda q: Mode.OFF):
+            return floating(self.feed.run_sample().leaves)
+
+    @torch.no_grad()
+    def gather(self, needs: frozenset[Need]) -> None:
+        """See ``Block.gather``."""
+        ears = _Ears(self._layers, needs, pairs=Need.CROSS in needs and self._keeps_full)
+        with self._listening(ears), self._modes(self._observing_mode):
+            for index in self.inputs():
+                if self._keeps_full:
+                    with ears.first_of_pair(), self._modes(lambda q: Mode.OFF):
+                        output = self.feed.run(index, full=True)
+                    self.feed.keep(index, output, full=True)
+                with nullcontext() if self._experts is None else self._experts.watch():
+                    output = self.feed.run(index)
+                ears.forget()
+                if not self._is_quantized:
+                    self.feed.keep(index, output)
+                if index == 0 and self._is_quantized:
+                    self._reference = floating(output.leaves)
+                if Need.OUTPUTS in needs:
+                    self._targets.append(KeptTree.of(output, self._store))
+        if not self._is_quantized and self.feed.num_batches:
+            self._reference = list(self.probe())
+        self._leader, self._channels = ears.leader, ears.channels
+        self._statistics = {name: gatherer.statistics() for name, gatherer in ears.gatherers.items()}
+
+    @torch.no_grad()
+    def settle(self) -> Mapping[str, str]:
+        """See ``Block.settle``."""
+        activations = [q for q in self._quantizers if isinstance(q, ActivationQuantizer) and not q.spec.is_dynamic]
+        self._observe_again(activations)
+        if self._experts is not None:
+            self._experts.settle()
+        off = {q.name: why for q in activations if (why := q.finish())}
+        for q in self._quantizers:
+            if isinstance(q, ActivationQuantizer) and q.spec.is_dynamic:
+                q.mode = Mode.QUANTIZE
+        shared = shared_amaxes(self._fused_members())
+        for layer in self._layers.values():
+            layer.quantizer.find_range(layer.parameter, shared.get(layer.quantizer))
+        return off
+
+    def _fused_members(self) -> list[list[Member]]:
+        """Weights that engines join and that no algorithm has rounded."""
+        groups = [[self._layers[name] for name in names if name in self._layers] for names in self._fused]
+        return [[(x.quantizer, x.parameter) for x in group if not x.quantizer.is_fixed] for group in groups]
+
+    @torch.no_grad()
+    def advance(self) -> float | None:
+        """See ``Block.advance``."""
+        error = None
+        if not self._is_quantized and self._reference is not None:
+            error = _relative_error(floating(self.feed.run_sample().leaves), self._reference)
+        if self._is_quantized:
+            last = self.feed.num_batches if self.feed.has_successor else min(1, self.feed.num_batches)
+            for index in range(last):
+                output = self.feed.run(index)
+                if index == 0 and self._reference is not None:
+                    error = _relative_error(floating(output.leaves), self._reference)
+                if self.feed.has_successor:
+                    self.feed.keep(index, output)
+        self.feed.release()
+        for kept in self._targets:
+            kept.drop()
+        self._targets, self._reference, self._statistics = [], None, {}
+        return error
+
+    # How that is done
+
+    def _observing_mode(self, quantizer: Quantizer) -> Mode:
+        """Ranges that follow from the statistics are not observed a second time."""
+        if not isinstance(quantizer, ActivationQuantizer) or quantizer.spec.is_dynamic:
+            return Mode.OFF
+        return Mode.OFF if self._follows(quantizer) else Mode.OBSERVE
+
+    def _follows(self, quantizer: ActivationQuantizer) -> str:
+        """The layer whose statistics tell the quantizer's range; empty for none."""
+        name = quantizer.name.rpartition(".")[0]
+        layer = self._layers.get(name)
+        if (
+            layer is None
+            or layer.input_quantizer is not quantizer
+            or not isinstance(quantizer.observer, AbsMaxObserver)
+        ):
+            return ""
+        return name if layer.is_linear else ""
+
+    def _observe_again(self, activations: Sequence[ActivationQuantizer]) -> None:
+        """Ranges of what steps have changed: from the statistics where they tell, else by one more pass."""
+        waiting = []
+        for q in activations:
+            known = self.statistics(self._follows(q)) if self._follows(q) else None
+            if known is not None and known.count and known.low is not None and known.high is not None:
+                assert isinstance(q.observer, AbsMaxObserver)
+                q.observer.low, q.observer.high = float(known.low.min()), float(known.high.max())
+                q.observer.count = known.count
+            elif self._is_changed(q):
+                waiting.append(q)
+        fresh: dict[int, Any] = {}
+        for q in waiting:
+            q.observer = fresh.setdefault(id(q.shared or q), new_observer(q.spec))
+        if waiting and self.feed.num_batches:
+            with self._modes(lambda q: Mode.OBSERVE if q in waiting else Mode.OFF):
+                for index in self.inputs():
+                    self.feed.run(index)
+
+    def _is_changed(self, quantizer: ActivationQuantizer) -> bool:
+        layer = self._layers.get(quantizer.site)
+        if layer is not None and layer.input_quantizer is quantizer:
+            return layer.transform is not None or bool(self._follows(quantizer)) or self._has_folded
+        return self._has_folded
+
+    @contextmanager
+    def _modes(self, choose: Any) -> Iterator[None]:
+        before = [(q, q.mode) for q in self._quantizers]
+        for q, _ in before:
+            q.mode = choose(q)
+        try:
+            yield
+        finally:
+            for q, mode in before:
+                q.mode = mode
+
+    @contextmanager
+    def _listening(self, ears: _Ears) -> Iterator[None]:
+        with ExitStack() as cleanup:
+            for name, layer in self._layers.items():
+                cleanup.enter_context(self._heard_by(layer, partial(ears.hear, name)))
+            yield
+
+    @contextmanager
+    def _heard_by(self, layer: BlockLayer, hear: Callable[[Tensor], None]) -> Iterator[None]:
+        """While open, ``hear`` is told of every input of a layer, as far as anything there can be told."""
+        home, child = layer.holder, INPUT_TRANSFORM
+        ear: nn.Module = Listener(hear)
+        if not layer.is_plain:
+            place = self._place_of(layer.input_quantizer)
+            if place is None:
+                yield
+                return
+            home, child = place
+            ear = nn.Sequential(ear, home._modules[child])
+        kept = home._modules.get(child)
+        home._modules[child] = ear
+        try:
+            yield
+        finally:
+            if kept is None:
+                del home._modules[child]
+            else:
+                home._modules[child] = kept
+
+    def _place_of(self, quantizer: Quantizer | None) -> tuple[nn.Module, str] | None:
+        """Whose child a quantizer is, and by which name."""
+        for module in self._root.modules():
+            for name, child in module._modules.items():
+                if quantizer is not None and child is quantizer:
+                    return module, name
+        return None
+
+    def _find_links(self, by_leader: Mapping[str, Sequence[str]]) -> dict[str, Link | None]:
+        if not self.feed.num_batches:
+            return {}
+        modules = {path: module for path, module in self._root.named_modules() if not _is_ours(module)}
+        finder = LinkFinder(Trial(self._trial, modules), list(self._layers.values()))
         return {
-            q.name: q.observer
-            for q in self.module.modules()
-            if isinstance(q, ActivationQuantizer) and q.observer is not None
+            leader: finder.find([self._layers[name] for name in names])
+            for leader, names in by_leader.items()
+            if all(self._layers[name].takes_scale for name in names)
         }
 
-    def groups(self) -> Sequence[Sequence[str]]:
-        """See ``Block.groups``."""
-        readers: dict[int, list[str]] = {}
-        for q in self.module.modules():
-            if isinstance(q, ActivationQuantizer) and q.shared is not None:
-                readers.setdefault(id(q.shared), []).append(q.name.rpartition(".")[0])
-        return list(readers.values())
-
-    def run(self, inputs: Any) -> Any:
-        """See ``Block.run``."""
-        args, kwargs = inputs
-        return self.module(*args, **kwargs)
+    def _trial(self, layers: Sequence[BlockLayer]) -> tuple[Sequence[Tensor], Mapping[str, Tensor]]:
+        heard: dict[str, list[Tensor]] = {}
+        with ExitStack() as cleanup:
+            for layer in layers:
+                cleanup.enter_context(self._heard_by(layer, heard.setdefault(layer.name, []).append))
+            outputs = self.probe()
+        return outputs, {name: inputs[0] for name, inputs in heard.items() if len(inputs) == 1}
 
 
-def find_blocks(model: nn.Module) -> Iterator[TorchBlock]:
-    """Members of every ``nn.ModuleList`` whose members are of one class; the whole model where there is none."""
-    found = False
-    inside: list[str] = []
-    for path, module in model.named_modules():
-        members = list(module.children())
-        repeats = isinstance(module, nn.ModuleList) and len(members) > 1 and len({type(m) for m in members}) == 1
-        if repeats and not any(path.startswith(f"{outer}.") for outer in inside):
-            found = True
-            inside.append(path)
-            for name, member in module.named_children():
-                yield TorchBlock(f"{path}.{name}", member)
-    if not found:
-        yield TorchBlock("", model)
+class _Ears:
+    """Hears every layer's input, and gathers it once for all layers that read the same tensor."""
+
+    def __init__(self, layers: Mapping[str, BlockLayer], needs: frozenset[Need], *, pairs: bool) -> None:
+        self.layers = layers
+        self.needs = needs if pairs else needs - {Need.CROSS}
+        self.leader: dict[str, str] = {}
+        self.channels: dict[str, int] = {}
+        self.gatherers: dict[str, Gatherer] = {}
+        self._heard: dict[int, tuple[Tensor, int, str]] = {}
+        self._is_first = False
+        self._first: dict[str, list[Tensor]] = {}
+
+    def hear(self, name: str, x: Tensor) -> None:
+        """Layer ``name`` reads ``x``."""
+        leader = self.leader.get(name) or self._find_leader(name, x)
+        if leader != name:
+            return
+        rows = self.layers[name].rows(x)
+        if rows is None:
+            return
+        if self._is_first:
+            self._first.setdefault(name, []).append(rows)
+            return
+        full = self._first[name].pop(0) if Need.CROSS in self.needs else None
+        try:
+            self.gatherers.setdefault(name, Gatherer(self.needs)).update(rows, full)
+        except NotFiniteError as error:
+            raise NotFiniteError(f"layer '{name}': {error}") from error
+
+    def _find_leader(self, name: str, x: Tensor) -> str:
+        version = -1 if x.is_inference() else x._version
+        known = self._heard.get(id(x))
+        is_same = known is not None and known[0] is x and known[1] == version
+        leader = known[2] if known is not None and is_same else name
+        self._heard.setdefault(id(x), (x, version, leader))
+        self.leader[name] = leader
+        self.channels[name] = self.layers[name].num_channels(x)
+        return leader
+
+    @contextmanager
+    def first_of_pair(self) -> Iterator[None]:
+        """While open, inputs are those of the unquantized path, and wait for their partners."""
+        self._is_first = Need.CROSS in self.needs
+        try:
+            yield
+        finally:
+            self._is_first = False
+            self._heard.clear()
+
+    def forget(self) -> None:
+        """A forward is over."""
+        self._heard.clear()
+        self._first.clear()
+
+
+def _is_ours(module: nn.Module) -> bool:
+    return isinstance(module, (Quantizer, InputTransform, LowRank, Listener))
+
+
+def _relative_error(simulated: Sequence[Tensor], full: Sequence[Tensor]) -> float:
+    error = sum(float((a.float() - b.float()).square().sum()) for a, b in zip(simulated, full, strict=True))
+    size = sum(float(b.float().square().sum()) for b in full)
+    return error / size if size else 0.0

@@ -13,14 +13,15 @@ from torch import nn
 
 from octavo.errors import UserError
 from octavo.nn import surgery
-from octavo.nn.blocks import TorchBlock, find_blocks
 from octavo.nn.experts import ExpertWatch
 from octavo.nn.fusion import Member, shared_amaxes
 from octavo.nn.quantizer import ActivationQuantizer, Mode, Quantizer, WeightQuantizer
 from octavo.nn.sites import Site, find_sites
 from octavo.nn.snapshot import TorchSnapshot, stored_parameter
 from octavo.nn.state import load_tensors, ranges_of, replace_scales, set_ranges
+from octavo.nn.walk import Walk
 from octavo.numerics.snapshot import LayerSnapshot
+from octavo.numerics.store import Store
 from octavo.sources.feeding import feed
 from octavo.spec.facts import ModelFacts
 from octavo.spec.plan import Plan
@@ -69,17 +70,24 @@ class TorchDoor:
     def observe(self) -> Iterator[None]:
         """See ``Door.observe``. The model is in eval mode meanwhile."""
         modes = {q: q.mode for q in surgery.quantizers(self.model)}
-        training = [module for module in self.model.modules() if module.training]
-        self.model.eval()
         for quantizer in modes:
             static = isinstance(quantizer, ActivationQuantizer) and not quantizer.spec.is_dynamic
             quantizer.mode = Mode.OBSERVE if static else Mode.OFF
         try:
-            with nullcontext() if self._experts is None else self._experts.watch():
+            with self.evaluating(), nullcontext() if self._experts is None else self._experts.watch():
                 yield
         finally:
             for quantizer, mode in modes.items():
                 quantizer.mode = mode
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """See ``Door.evaluating``."""
+        training = [module for module in self.model.modules() if module.training]
+        self.model.eval()
+        try:
+            yield
+        finally:
             for module in training:
                 module.training = True
 
@@ -123,9 +131,41 @@ class TorchDoor:
             for quantizer in changed:
                 quantizer.mode = Mode.QUANTIZE
 
-    def blocks(self) -> Iterator[TorchBlock]:
-        """See ``Door.blocks``: the repeated layers of the model, or the whole model where nothing repeats."""
-        return find_blocks(self.model)
+    def walk(self, batches: Iterable[Any] | None, store: Store, *, is_quantized: bool, keeps_unquantized: bool) -> Walk:
+        """See ``Door.walk``."""
+        return Walk(
+            self.model,
+            self._call,
+            self._calls(batches or ()),
+            store,
+            is_quantized=is_quantized,
+            keeps_full=keeps_unquantized,
+            fused=self._plan.fused_weights() if self._plan is not None else (),
+            experts=self._experts,
+        )
+
+    def _calls(self, batches: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+        """Batches, and in place of a function of the model the calls that it makes."""
+        for batch in batches:
+            if callable(batch) and not isinstance(batch, torch.Tensor):
+                recorded: list[Any] = []
+                hook = self.model.register_forward_pre_hook(
+                    lambda module, args, kwargs, recorded=recorded: recorded.append((args, kwargs)), with_kwargs=True
+                )
+                try:
+                    self.run(batch)
+                finally:
+                    hook.remove()
+                yield from (("call", call) for call in recorded)
+            else:
+                yield "batch", batch
+
+    def _call(self, kept: tuple[str, Any]) -> Any:
+        kind, content = kept
+        if kind == "batch":
+            return feed(self.model, content)
+        args, kwargs = content
+        return self.model(*args, **kwargs)
 
     def snapshot(self) -> TorchSnapshot:
         """See ``Door.snapshot``."""

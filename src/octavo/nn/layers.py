@@ -203,7 +203,7 @@ def layer_kind(module: nn.Module) -> LayerKind | None:
 
     Norms are known by what their class is called, since every model family brings its own.
     """
-    cls = type(module)
+    cls = original_class(module)
     for base, kind in (*reversed(_REGISTERED.items()), *LAYER_KINDS.items()):
         if isinstance(module, base):
             return kind

@@ -241,10 +241,15 @@ class WeightQuantizer(Quantizer):
         self.rounding_key = format_key(one_level(fmt)) if fmt.is_nested else self.format_key
         self.view = view
         self.key = key
+        self.is_fixed = False
+        self.fixed: PackedTensor | None = None  # codes that rounding the parameter would not give again
+        self.override: Tensor | None = None  # an algorithm tries another weight
         self._rounded: tuple[weakref.ref[Tensor], tuple[object, ...], Tensor] | None = None
 
     def forward(self, weight: Tensor) -> Tensor:
         """``weight`` rounded, in its own shape and dtype."""
+        if self.override is not None:
+            return self.override
         if self.mode is not Mode.QUANTIZE:
             return weight
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and weight.requires_grad):
@@ -259,6 +264,9 @@ class WeightQuantizer(Quantizer):
         return rounded
 
     def _round(self, weight: Tensor) -> Tensor:
+        if self.fixed is not None:
+            rounded = self.view.to_parameter(self.fixed.tensor().dequantize(weight.dtype))
+            return rounded + (weight - weight.detach()) if weight.requires_grad else rounded  # the gradient passes
         scale = self.scale if self.stored_scale is None else self.stored_scale.tensor().dequantize()
         matrix = fake_quantize(self.view.to_matrix(weight), self.rounding_key, scale, self.zero_point)
         return self.view.to_parameter(matrix)
@@ -293,6 +301,9 @@ class WeightQuantizer(Quantizer):
             NotFiniteError: the weight holds NaN or inf.
         """
         self._rounded = None
+        if self.is_fixed:
+            self.mode = Mode.QUANTIZE
+            return
         matrix, fmt = self.view.to_matrix(weight), self.spec.format
         if not bool(torch.isfinite(matrix).all()):
             raise NotFiniteError(f"quantizer '{self.name}': the weight holds NaN or inf; the checkpoint is damaged")
@@ -318,8 +329,26 @@ class WeightQuantizer(Quantizer):
     @torch.no_grad()
     def codes(self, weight: Tensor) -> QTensor:
         """What is stored of the weight: ``codes(weight).dequantize()`` is what ``forward`` simulates."""
+        if self.fixed is not None:
+            return self.fixed.tensor()
         scale = self.scale if self.stored_scale is None else self.stored_scale.tensor()
         return quantize(self.view.to_matrix(weight), self.spec.format, scale=scale, zero_point=self.zero_point)
+
+    @torch.no_grad()
+    def fix(self, weight: Tensor, value: QTensor) -> None:
+        """Let ``weight`` be what ``value`` stands for, from now on: these codes and scales are simulated and stored.
+
+        Rounding the parameter gives them again, as a rule also in bf16, which is off by less than half a step of any
+        element of at most 8 bits. Where it does not (an fp16 underflow, an offset), the codes are kept beside it.
+        """
+        assert value.format == self.spec.format, "codes of another format"
+        if value.scale is not None:
+            self.set_range(value.scale, value.zero_point)
+        self.mode, self.is_fixed, self.fixed, self._rounded = Mode.OFF, True, None, None
+        matrix = value.dequantize(weight.dtype)
+        weight.copy_(self.view.to_parameter(matrix))
+        if not torch.equal(self.codes(weight).dequantize(weight.dtype), matrix):
+            self.fixed = PackedTensor(value)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_rounded": None}

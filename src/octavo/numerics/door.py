@@ -14,6 +14,7 @@ from torch import Tensor
 from octavo.numerics.qtensor import QTensor
 from octavo.numerics.snapshot import LayerSnapshot, Snapshot
 from octavo.numerics.statistics import InputStatistics, Need
+from octavo.numerics.store import Store
 from octavo.spec.facts import ModelFacts
 from octavo.spec.plan import Plan, QuantizerSpec
 
@@ -172,22 +173,40 @@ class Block(Protocol):
         """
         ...
 
+    def probe(self) -> Sequence[Tensor]:
+        """What the block returns in full precision for a few samples; nothing without data."""
+        ...
+
     def gather(self, needs: frozenset[Need]) -> None:
         """One pass in full precision over ``inputs``, which gathers all statistics and ranges."""
         ...
 
-    def settle(self) -> None:
-        """Give every quantizer its range and start rounding; what was not fixed is rounded to nearest."""
+    def settle(self) -> Mapping[str, str]:
+        """Give every quantizer its range and start rounding; what was not fixed is rounded to nearest.
+
+        Returns:
+            Quantizer name -> why it stays off.
+        """
         ...
 
     def advance(self) -> float | None:
         """Hand outputs on to what comes next, by one pass where none are known yet.
 
         Returns:
-            Squared error of the simulated outputs over the squares of the full-precision ones; ``None`` where no output
-            was simulated, because what comes next gets full-precision inputs or nothing comes next.
+            Squared error of the simulated outputs on the first batch over the squares of the full-precision ones, both
+            from the same inputs; ``None`` without data.
         """
         ...
+
+
+class Walk(Protocol):
+    """Blocks one after the other; how many is known beforehand."""
+
+    num_batches: int
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Block]: ...
 
 
 class Door(Protocol):
@@ -203,6 +222,10 @@ class Door(Protocol):
 
     def observe(self) -> AbstractContextManager[None]:
         """While open, forward passes are unquantized and feed the observers."""
+        ...
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """While open, forward passes are those of inference: no dropout, no running statistics."""
         ...
 
     def finish_calibration(self) -> Mapping[str, str]:
@@ -227,6 +250,20 @@ class Door(Protocol):
 
     def disabled(self, names: Callable[[str], bool]) -> AbstractContextManager[None]:
         """While open, the quantizers whose name satisfies ``names`` pass values through."""
+        ...
+
+    def walk(self, batches: Iterable[Any] | None, store: Store, *, is_quantized: bool, keeps_unquantized: bool) -> Walk:
+        """The blocks of the model in the order of its forward pass, each with its inputs.
+
+        A block that was handed out must be advanced before the next is asked for.
+
+        Args:
+            batches: Calibration data; ``None`` for steps that need none.
+            store: Where inputs wait.
+            is_quantized: Inputs come by the quantized path, through the blocks that are settled already; else by the
+                unquantized one.
+            keeps_unquantized: The unquantized path is followed, too (``CROSS`` needs both).
+        """
         ...
 
     def snapshot(self) -> Snapshot:

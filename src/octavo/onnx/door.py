@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,12 @@ from torch import Tensor
 
 from octavo.errors import UserError
 from octavo.numerics.arrays import array_of, tensor_of
+from octavo.numerics.door import Walk
 from octavo.numerics.observers import NotFiniteError, Observer, make_observer
 from octavo.numerics.qtensor import QTensor, quantize
 from octavo.numerics.scaling import scale_from_range, search_scale
 from octavo.numerics.snapshot import LayerSnapshot
+from octavo.numerics.store import Store
 from octavo.onnx.graph import GraphSite, facts_of, find_sites, macs_of
 from octavo.onnx.marked import Found, Range, marked, quantizers_of, rounded, simulated
 from octavo.onnx.opening import open_graph
@@ -104,6 +106,21 @@ class OnnxDoor:
     def run(self, batch: Any) -> Any:
         """See ``Door.run``."""
         return feed(self.module, batch)
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """See ``Door.evaluating``: a graph knows no other."""
+        return nullcontext()
+
+    def walk(self, batches: Iterable[Any] | None, store: Store, *, is_quantized: bool, keeps_unquantized: bool) -> Walk:
+        """See ``Door.walk``.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(
+            "steps change weights block by block, which needs the model in torch: quantize that, and write the graph "
+            "with --layout onnx; or take the steps out of the recipe"
+        )
 
     @contextmanager
     def observe(self) -> Iterator[None]:

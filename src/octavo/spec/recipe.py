@@ -17,7 +17,14 @@ A recipe file::
       - select: "*.router"
         leave: decides which experts run
         optional: true          # may match nothing; without it every pattern must match
-    calibration: {observer: absmax, percentile: 99.99, samples: 512, batch_size: 32, experts: share, expert_tokens: 32}
+    steps:                      # algorithms, in this order; see ``steps``
+      - smoothquant: {alpha: 0.6}
+        select: "*.mlp.*"
+      - gptq
+    calibration: {observer: absmax, percentile: 99.99, samples: 512, batch_size: 32, inputs: auto, experts: share,
+                  expert_tokens: 32}
+
+The steps of a file replace those of the recipe that it extends.
 
 Slots are the values of ``Slot``; formats are listed by ``octavo formats``. A ``token`` or ``group`` format of an
 activation is dynamic; a ``tensor`` format is static unless ``dynamic: true``.
@@ -40,9 +47,11 @@ from octavo.spec.facts import Slot
 from octavo.spec.plan import ObserverSpec, QuantizerSpec
 from octavo.spec.recipe_file import RecipeFile
 from octavo.spec.rule import Leave, Rule, SlotRule, nearest_of, slot_named, slot_rule
+from octavo.spec.steps import Step, make_step
 from octavo.spec.tensor_format import TensorFormat
 
 _DEEPEST_EXTENDS = 8
+INPUTS = ("auto", "quantized", "unquantized")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,17 +63,22 @@ class Calibration:
         samples: Samples of the data that are used.
         batch_size: Samples per forward pass.
         experts: What becomes of experts that the samples hardly reach.
+        inputs: What steps see of a block's inputs: those that come through the ``quantized`` blocks before it, or the
+            ``unquantized`` ones; ``auto`` takes the former where some step can make up for earlier errors.
     """
 
     observer: ObserverSpec = field(default_factory=ObserverSpec)
     samples: int = 512
     batch_size: int = 32
     experts: ExpertsPolicy = field(default_factory=ExpertsPolicy)
+    inputs: str = "auto"
 
     def __post_init__(self) -> None:
         for name, value in (("samples", self.samples), ("batch_size", self.batch_size)):
             if value < 1:
                 raise UserError(f"calibration {name} is {value}: it must be at least 1")
+        if self.inputs not in INPUTS:
+            raise UserError(f"calibration inputs are {', '.join(INPUTS)}, not {self.inputs!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +91,7 @@ class Recipe:
         description: One sentence.
         calibration: Defaults of calibration.
         aliases: Other names of a preset.
+        steps: Algorithms, in the order in which they work on each block.
     """
 
     name: str
@@ -84,6 +99,7 @@ class Recipe:
     description: str = ""
     calibration: Calibration = field(default_factory=Calibration)
     aliases: tuple[str, ...] = ()
+    steps: tuple[Step, ...] = ()
 
     def leave(self, *patterns: str, why: str = "", origin: str = "") -> Recipe:
         """A new recipe that leaves out what the patterns select: whole sites, or single quantizers.
@@ -101,6 +117,14 @@ class Recipe:
         """
         scheme = {slot: slot_rule(slot, fmt) for slot, fmt in ((slot_named(key), fmt) for key, fmt in formats.items())}
         return self._with_rule(Rule(patterns, scheme, origin=origin or "quantize()"))
+
+    def with_steps(self, *steps: Step | str) -> Recipe:
+        """A new recipe with these steps in place of its own.
+
+        >>> [str(step) for step in Recipe("mine", ()).with_steps("gptq").steps]
+        ['gptq']
+        """
+        return dataclasses.replace(self, steps=tuple(make_step(s) if isinstance(s, str) else s for s in steps))
 
     def _with_rule(self, rule: Rule) -> Recipe:
         return dataclasses.replace(self, rules=(*self.rules, rule))
@@ -125,6 +149,7 @@ class Recipe:
             now.samples if samples is None else samples,
             now.batch_size if batch_size is None else batch_size,
             experts or now.experts,
+            now.inputs,
         )
         return dataclasses.replace(self, calibration=calibration)
 
@@ -146,11 +171,13 @@ class Recipe:
             "samples": self.calibration.samples,
             "batch_size": self.calibration.batch_size,
             **self.calibration.experts.to_dict(),
+            "inputs": self.calibration.inputs,
         }
         head: dict[str, Any] = {"name": self.name}
         head |= {"description": self.description} if self.description else {}
         head |= {"aliases": list(self.aliases)} if self.aliases else {}
-        return {**head, "rules": [rule.to_dict() for rule in self.rules], "calibration": calibration}
+        steps = {"steps": [step.to_yaml_value() for step in self.steps]} if self.steps else {}
+        return {**head, "rules": [rule.to_dict() for rule in self.rules], **steps, "calibration": calibration}
 
     def to_yaml(self) -> str:
         """The recipe as a file that ``load_recipe`` reads back."""
@@ -218,7 +245,8 @@ def _build(file: RecipeFile, default_name: str, *, is_preset: bool, depth: int) 
     rules = (*base.rules, *file.rules(name, is_preset=is_preset))
     if not rules:
         file.fail((), "a recipe without rules quantizes nothing: add a rule, or 'extends: fp8'")
-    return Recipe(name, rules, content.description, _calibration(file, base), tuple(content.aliases))
+    steps = base.steps if content.steps is None else file.steps()
+    return Recipe(name, rules, content.description, _calibration(file, base), tuple(content.aliases), steps)
 
 
 def _base(file: RecipeFile, depth: int) -> Recipe:
@@ -238,7 +266,8 @@ def _calibration(file: RecipeFile, base: Recipe) -> Calibration:
         return base.calibration
     try:
         experts = ExpertsPolicy.of(part.experts, part.expert_tokens)
-        return Calibration(ObserverSpec(part.observer, part.percentile), part.samples, part.batch_size, experts)
+        observer = ObserverSpec(part.observer, part.percentile)
+        return Calibration(observer, part.samples, part.batch_size, experts, part.inputs)
     except UserError as error:
         file.fail(("calibration",), str(error))
 

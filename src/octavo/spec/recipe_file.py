@@ -11,6 +11,7 @@ from pydantic_core import ErrorDetails
 from octavo.errors import UserError
 from octavo.spec.plan import ObserverSpec
 from octavo.spec.rule import Leave, Rule, SlotRule, nearest_of, slot_named, slot_rule
+from octavo.spec.steps import Step, parse_step
 from octavo.spec.tensor_format import TensorFormat
 
 Location = tuple[int | str, ...]
@@ -67,6 +68,7 @@ class CalibrationPart(_Part):
     batch_size: int = 32
     experts: str = "share"
     expert_tokens: int = 32
+    inputs: str = "auto"
 
 
 class RecipePart(_Part):
@@ -77,6 +79,7 @@ class RecipePart(_Part):
     aliases: list[str] = []
     extends: str = ""
     rules: list[RulePart] = []
+    steps: list[Any] | None = None
     calibration: CalibrationPart | None = None
 
 
@@ -100,6 +103,16 @@ class RecipeFile:
             place = "" if is_preset else f" ({self.source}:{self._line(at)})"
             rules.append(self._rule(part, at, f"{name} rule {index + 1}{place}"))
         return tuple(rules)
+
+    def steps(self) -> tuple[Step, ...]:
+        """The steps of the file."""
+        found = []
+        for index, part in enumerate(self.content.steps or ()):
+            try:
+                found.append(parse_step(part))
+            except UserError as error:
+                self.fail(("steps", index, *_option_in(part, str(error))), str(error))
+        return tuple(found)
 
     def _rule(self, part: RulePart, at: Location, origin: str) -> Rule:
         if (part.scheme is None) == (part.leave is None):
@@ -153,6 +166,17 @@ class _Placed(UserError):
     def __init__(self, at: Location, message: str) -> None:
         super().__init__(message)
         self.at = at
+
+
+def _option_in(part: object, message: str) -> Location:
+    """Where in a step its message belongs: at the option that it names, if it names one."""
+    if not isinstance(part, dict):
+        return ()
+    for name, options in part.items():
+        for option in options if isinstance(options, dict) else ():
+            if f"{option!r}" in message or f": {option}: " in message:
+                return (str(name), str(option))
+    return ()
 
 
 def _format(wanted: SlotPart) -> str | TensorFormat:

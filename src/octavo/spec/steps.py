@@ -13,13 +13,14 @@ To add a step, add a class here and a line in ``STEPS``, and its adapter in ``oc
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from octavo.errors import UserError
+from octavo.spec.facts import SiteFacts
 from octavo.spec.rule import nearest_of
 from octavo.spec.select import parse_pattern
 
@@ -38,7 +39,7 @@ class SmoothQuant(Options):
     """Moves outliers of a layer's input into its weight, channel by channel (arXiv:2211.10438)."""
 
     name: ClassVar[str] = "smoothquant"
-    alpha: Annotated[float, Field(ge=0, le=1)] | Literal["search"] = 0.5
+    alpha: float = Field(default=0.5, ge=0, le=1)
 
 
 class Gptq(Options):
@@ -168,6 +169,27 @@ def make_step(name: str, options: Mapping[str, Any] | None = None, select: tuple
         return Step(cls(**(options or {})), select)
     except ValidationError as error:
         raise UserError(f"step {name}: {_explain(error, cls)}") from error
+
+
+def matcher(step: Step, sites: Sequence[SiteFacts]) -> frozenset[str]:
+    """Names of the sites that a step is for.
+
+    Raises:
+        UserError: one of its patterns matches none of them.
+    """
+    if not step.select:
+        return frozenset(site.name for site in sites)
+    found: set[str] = set()
+    for text in step.select:
+        pattern = parse_pattern(text)
+        names = {site.name for site in sites if pattern.matches(site)}
+        if not names:
+            near = nearest_of(text, [site.name for site in sites])
+            raise UserError(
+                f"step {step.name}: {text!r} matches no layer whose weight is quantized; {near}".rstrip("; ")
+            )
+        found |= names
+    return frozenset(found)
 
 
 def parse_step(value: object) -> Step:

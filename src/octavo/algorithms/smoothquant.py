@@ -1,0 +1,74 @@
+"""SmoothQuant as a step: the input of a group of layers is divided channel by channel, their columns are multiplied."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from octavo.numerics.door import Block, InputGroup
+from octavo.numerics.statistics import Need
+from octavo.spec.steps import SmoothQuant
+
+
+class SmoothQuantAlgorithm:
+    """See the module."""
+
+    needs = frozenset({Need.RANGE})
+    preserves_function = True
+
+    def __init__(self, options: SmoothQuant) -> None:
+        self.options = options
+
+    def apply(self, block: Block, layers: Sequence[str]) -> dict[str, str]:
+        """Scale every group whose input was seen."""
+        left: dict[str, str] = {}
+        for group in block.groups():
+            reason = self._why_not(block, group, layers)
+            if reason:
+                left |= dict.fromkeys((layer for layer in group.layers if layer in layers), reason)
+                continue
+            amax_x = channel_amax(block.statistics(group.layers[0]).amax, group)
+            weights = torch.stack([block.read_weight(layer).float().abs().amax(0) for layer in group.layers])
+            amax_w = channel_amax(weights.amax(0), group)
+            block.set_pre_scale(group, group.tie(smoothing_scale(amax_x, amax_w, self.options.alpha)))
+        return left
+
+    @staticmethod
+    def _why_not(block: Block, group: InputGroup, layers: Sequence[str]) -> str:
+        others = [layer for layer in group.layers if layer not in layers]
+        if others:
+            return f"'{others[0]}' reads the same tensor, and the step is not for it"
+        if not group.takes_scale:
+            return "its input cannot be scaled channel by channel"
+        return "" if block.statistics(group.layers[0]).count else "no input of it was seen as rows"
+
+
+def channel_amax(values: Tensor, group: InputGroup) -> Tensor:
+    """``(num_channels,)`` largest of ``(in_features,)`` values that belong to one channel."""
+    if group.columns is None:
+        return values
+    return values.new_zeros(group.num_channels).scatter_reduce(0, group.columns, values, "amax")
+
+
+def smoothing_scale(amax_x: Tensor, amax_w: Tensor, alpha: float) -> Tensor:
+    """Per-channel factors that move outliers from activations into weights.
+
+    SmoothQuant, equation 4 (arXiv:2211.10438). Dividing ``x`` by the result and multiplying the columns of ``w`` by it
+    leaves ``x @ w.T`` unchanged.
+
+    Args:
+        amax_x: ``(in_features,)`` largest absolute activation of each channel.
+        amax_w: ``(in_features,)`` largest absolute weight of each channel.
+        alpha: 0 keeps the activations as they are; 1 moves all of their range.
+
+    Returns:
+        ``(in_features,)``, positive; its geometric mean over the channels that were active is 1, so that weights and
+        activations keep their order of magnitude. A channel that was never active, or never used, gets 1.
+    """
+    live = (amax_x > 0) & (amax_w > 0)
+    scale = amax_x.clamp(min=1e-20).pow(alpha) / amax_w.clamp(min=1e-20).pow(1 - alpha)
+    logs = torch.where(live, scale.log(), 0.0)
+    mean = logs.sum() / live.sum().clamp(min=1)
+    return torch.where(live, (logs - mean).exp().clamp(1e-5, 1e5), 1.0)

@@ -1,0 +1,151 @@
+"""One layer of a block: its weight, its bias, the rows that meet its weight, its channels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from octavo.nn.extras import INPUT_TRANSFORM, LOW_RANK, InputTransform
+from octavo.nn.layers import has_own_forward, layer_kind
+from octavo.nn.quantizer import ActivationQuantizer, Quantizer, WeightQuantizer
+from octavo.nn.snapshot import stored_parameter
+from octavo.spec.facts import Slot
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BlockLayer:
+    """A layer with a weight quantizer.
+
+    Args:
+        name: Its site.
+        holder: The module whose child the weight's quantizer is.
+        owner: The module that has the weight.
+        parameter: The weight as it is stored.
+        quantizer: The weight's.
+        input_quantizer: The input's, ``None`` for none.
+    """
+
+    name: str
+    holder: nn.Module
+    owner: nn.Module
+    parameter: nn.Parameter
+    quantizer: WeightQuantizer
+    input_quantizer: ActivationQuantizer | None
+
+    @property
+    def is_plain(self) -> bool:
+        """A layer whose counterpart asks the holder's children what to do with its input (or a projection of
+        ``nn.MultiheadAttention``), and not a functional call that only reads the weight.
+        """
+        if isinstance(self.owner, nn.MultiheadAttention):
+            return type(self.holder) is nn.Module
+        return self.holder is self.owner and layer_kind(self.holder) is not None and not has_own_forward(self.holder)
+
+    @property
+    def matrix(self) -> Tensor:
+        """``(out_features, in_features)`` view of it."""
+        return self.quantizer.view.to_matrix(self.parameter.detach())
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The bias that is added to the product with this weight."""
+        name = "in_proj_bias" if isinstance(self.owner, nn.MultiheadAttention) else "bias"
+        found = self.owner._parameters.get(name)
+        return found if found is None or found.shape[0] == self.quantizer.view.matrix_shape[-2] else None
+
+    @property
+    def transform(self) -> InputTransform | None:
+        """What is done to its input."""
+        found = self.holder._modules.get(INPUT_TRANSFORM)
+        return found if isinstance(found, InputTransform) else None
+
+    @property
+    def is_linear(self) -> bool:
+        """A product along the last axis of the input; it may have a rotation and a low-rank branch."""
+        return self.quantizer.operation == "linear" and len(self.quantizer.view.matrix_shape) == 2
+
+    @property
+    def takes_scale(self) -> bool:
+        """Its columns can be matched with channels; those of a transposed convolution in groups cannot."""
+        if not self.is_plain or len(self.quantizer.view.matrix_shape) != 2:
+            return False
+        return self.is_linear or isinstance(self.holder, _CONVOLUTIONS) or getattr(self.holder, "groups", 1) == 1
+
+    @property
+    def takes_low_rank(self) -> bool:
+        """Its forward adds a low-rank branch."""
+        return self.is_linear and self.holder is self.owner and self.is_plain and LOW_RANK not in self.holder._modules
+
+    def write(self, matrix: Tensor) -> None:
+        """Replace the weight."""
+        with torch.no_grad():
+            self.parameter.copy_(self.quantizer.view.to_parameter(matrix))
+
+    @property
+    def channel_axis(self) -> int:
+        """Axis of the input's channels, from the end."""
+        return -1 if self.is_linear else -1 - (self.parameter.ndim - 2)
+
+    def rows(self, x: Tensor) -> Tensor | None:
+        """``(num_rows, in_features)`` vectors of an input that meet the weight; ``None`` where it has no such view."""
+        if self.is_linear:
+            return x.reshape(-1, x.shape[-1]) if x.shape[-1] == self.quantizer.view.matrix_shape[-1] else None
+        if isinstance(self.holder, _CONVOLUTIONS) and self.holder.groups == 1:
+            return _patches(self.holder, x)
+        return None
+
+    def num_channels(self, x: Tensor) -> int:
+        """Channels of an input."""
+        return x.shape[self.channel_axis]
+
+    def columns(self, num_channels: int) -> Tensor | None:
+        """Which channel each column of the weight meets, ``None`` for column ``k`` channel ``k``.
+
+        ``(in_features,)``; ``(out_features, in_features)`` for a convolution in groups.
+        """
+        if self.is_linear or not self.takes_scale:
+            return None
+        rows, width = self.quantizer.view.matrix_shape
+        kernel = math.prod(self.parameter.shape[2:])
+        inside = torch.arange(width, device=self.parameter.device) // kernel
+        groups = self.holder.groups if isinstance(self.holder, _CONVOLUTIONS) else 1
+        if groups == 1:
+            return inside
+        group_of_row = torch.arange(rows, device=self.parameter.device) // (rows // groups)
+        return group_of_row.unsqueeze(1) * (num_channels // groups) + inside
+
+
+def block_layers(model: nn.Module, quantizers: Sequence[Quantizer]) -> dict[str, BlockLayer]:
+    """Layers by site, in the order of ``quantizers``; a tied weight under its owner's name only."""
+    inputs = {q.site: q for q in quantizers if isinstance(q, ActivationQuantizer) and q.slot is Slot.INPUT}
+    weights = {id(q): q for q in quantizers if isinstance(q, WeightQuantizer)}
+    found: dict[int, BlockLayer] = {}
+    for holder in model.modules():
+        for child in holder._modules.values():
+            if isinstance(child, WeightQuantizer) and id(child) in weights and id(child) not in found:
+                owner = model.get_submodule(child.key.rpartition(".")[0])
+                parameter = stored_parameter(model, child.key)
+                found[id(child)] = BlockLayer(child.site, holder, owner, parameter, child, inputs.get(child.site))
+    return {found[key].name: found[key] for key in weights if key in found}
+
+
+def _patches(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
+    """``(rows, in_channels * kernel)`` of ``(batch, in_channels, ...)``."""
+    is_batched = x.ndim == len(module.kernel_size) + 2
+    x = x if is_batched else x.unsqueeze(0)
+    if module.padding_mode == "zeros":
+        x = F.pad(x, module._reversed_padding_repeated_twice)
+    else:
+        x = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
+    num_axes = len(module.kernel_size)
+    for axis, (size, step, gap) in enumerate(zip(module.kernel_size, module.stride, module.dilation, strict=True)):
+        x = x.unfold(2 + axis, gap * (size - 1) + 1, step)[..., ::gap]
+    x = x.movedim(1, 1 + num_axes)
+    return x.reshape(-1, math.prod(x.shape[1 + num_axes :]))
