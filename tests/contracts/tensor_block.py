@@ -53,6 +53,9 @@ class TensorBlock:
     def layers(self) -> Sequence[str]:
         return list(self.weights)
 
+    def takes_low_rank(self, layer: str) -> bool:
+        return layer not in self.branches
+
     def read_weight(self, layer: str) -> Tensor:
         return self.weights[layer]
 

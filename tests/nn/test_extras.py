@@ -11,7 +11,7 @@ from torch import nn
 import octavo
 from octavo.nn.door import TorchDoor
 from octavo.nn.extras import INPUT_TRANSFORM, LOW_RANK, InputTransform, LowRank
-from octavo.numerics.rotation import hadamard, rotate
+from octavo.numerics.hadamard import hadamard, rotate
 
 
 def quantized_pair() -> tuple[nn.Module, torch.Tensor]:

@@ -187,7 +187,7 @@ def test_nothing_folds_into_a_norm_that_the_residual_stream_reads() -> None:
         block = next(b for b in blocks if b.name == "encoder.layer.0")
         block.gather(frozenset())
         folds = {group.layers[0].removeprefix("encoder.layer.0."): group.fold for group in block.groups()}
-    assert folds["attention.output.dense"].producer == "attention.self.value"
+    assert folds["attention.output.dense"].producer == "encoder.layer.0.attention.self.value"
     assert [name for name, fold in folds.items() if fold is None] == [
         "attention.self.query",
         "intermediate.dense",

@@ -35,7 +35,7 @@ class RotateAlgorithm:
             size = self._block_size(block, group)
             if others:
                 reason = f"'{others[0]}' reads the same tensor, and the step is not for it"
-            elif group.columns is not None:
+            elif group.columns is not None or not group.takes_scale:
                 reason = "only inputs of linear layers are rotated"
             elif size < 2:
                 reason = f"no Hadamard matrix of the wanted size divides {group.num_channels} channels"

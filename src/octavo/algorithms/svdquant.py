@@ -38,6 +38,8 @@ class SvdQuantAlgorithm:
         for layer in layers:
             reason = why_not_searched(block, layer, "gram")
             weight = block.read_weight(layer)
+            if not reason and not block.takes_low_rank(layer):
+                reason = "only linear layers without a branch get one"
             if not reason and min(weight.shape[-2:]) <= self.options.rank:
                 reason = f"a weight of shape {tuple(weight.shape)} is no larger than rank {self.options.rank}"
             if reason:

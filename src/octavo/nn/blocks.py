@@ -15,13 +15,13 @@ from octavo.nn.block_layers import BlockLayer, block_layers
 from octavo.nn.calls import KeptTree, Tree, floating
 from octavo.nn.experts import ExpertWatch
 from octavo.nn.extras import INPUT_TRANSFORM, LOW_RANK, InputTransform, Listener, LowRank
-from octavo.nn.flow import Link, LinkFinder, Trial, divide_columns
+from octavo.nn.flow import Link, LinkFinder, Producer, Trial, divide_columns
 from octavo.nn.fusion import Member, shared_amaxes
 from octavo.nn.quantizer import ActivationQuantizer, Mode, Quantizer, new_observer
 from octavo.numerics.door import Fold, InputGroup
+from octavo.numerics.hadamard import rotate
 from octavo.numerics.observers import AbsMaxObserver, NotFiniteError
 from octavo.numerics.qtensor import QTensor
-from octavo.numerics.rotation import rotate
 from octavo.numerics.statistics import Gatherer, InputStatistics, Need
 from octavo.numerics.store import Store
 from octavo.spec.plan import QuantizerSpec
@@ -85,6 +85,7 @@ class TorchBlock:
         self._fused = fused
         self.feed = feed
         self._root = root
+        self._prefix = "" if root is model else f"{name}."
         self._quantizers = list(quantizers)
         self._layers = block_layers(model, self._quantizers)
         self._store = store
@@ -123,6 +124,10 @@ class TorchBlock:
         quantizer = self._layers[layer].input_quantizer
         return None if quantizer is None else quantizer.spec
 
+    def takes_low_rank(self, layer: str) -> bool:
+        """See ``Block.takes_low_rank``."""
+        return self._layers[layer].takes_low_rank
+
     def statistics(self, layer: str) -> InputStatistics:
         """See ``Block.statistics``."""
         return self._statistics.get(self._leader.get(layer, layer), InputStatistics(0))
@@ -141,9 +146,14 @@ class TorchBlock:
         layer = self._layers[leader]
         channels = self._channels.get(leader, layer.quantizer.view.matrix_shape[-1])
         link = self._links.get(leader)
-        fold = None if link is None else Fold(link.producer.path, link.sources)
+        fold = None if link is None else Fold(self._name_of(link.producer), link.sources)
         takes_scale = all(self._layers[name].takes_scale for name in names)
         return InputGroup(names, channels, fold, layer.columns(channels), takes_scale)
+
+    def _name_of(self, producer: Producer) -> str:
+        """A producer's site, or its path where it has no quantized weight."""
+        sites = (layer.name for layer in self._layers.values() if layer.owner is producer.module)
+        return next(sites, f"{self._prefix}{producer.path}")
 
     # What an algorithm changes
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from octavo.nn.quantizer import Mode, SharedInput
-from octavo.numerics.rotation import hadamard
+from octavo.numerics.hadamard import hadamard
 
 INPUT_TRANSFORM = "input_transform"
 LOW_RANK = "low_rank"

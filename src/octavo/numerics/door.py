@@ -109,6 +109,10 @@ class Block(Protocol):
         """What the plan gives the input, ``None`` for nothing."""
         ...
 
+    def takes_low_rank(self, layer: str) -> bool:
+        """Whether ``set_low_rank`` is possible: for linear layers that have no branch yet."""
+        ...
+
     def groups(self) -> Sequence[InputGroup]:
         """Every layer of ``layers()``, in exactly one group."""
         ...
