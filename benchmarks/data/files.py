@@ -8,6 +8,7 @@ from pathlib import Path
 DATA = Path(__file__).parent
 TEST = DATA / "stdlib_functions.jsonl"
 CALIBRATION = DATA / "stdlib_functions_calibration.jsonl"
+DRAWS = DATA / "stdlib_functions_draws.jsonl"  # three draws of 96 pairs, to calibrate with
 SUMS = DATA / "SHA256SUMS"
 
 

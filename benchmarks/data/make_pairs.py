@@ -4,6 +4,8 @@ From the standard library of the Python 3.11 that runs this; the files beside it
 gives other pairs, so the files are kept and their SHA-256 is checked wherever they are used.
 
     python3.11 benchmarks/data/make_pairs.py --out DIRECTORY
+
+The draws are more pairs to calibrate with: as many as there are draws, one after the other.
 """
 
 from __future__ import annotations
@@ -23,9 +25,10 @@ from pathlib import Path
 
 TEST_FILE = "stdlib_functions.jsonl"
 CALIBRATION_FILE = "stdlib_functions_calibration.jsonl"
+DRAWS_FILE = "stdlib_functions_draws.jsonl"
 SUMS_FILE = "SHA256SUMS"
 
-_NUM_TEST, _NUM_CALIBRATION, _SEED = 1000, 32, 20
+_NUM_TEST, _NUM_CALIBRATION, _NUM_DRAWN, _SEED = 1000, 32, 288, 20
 _SKIPPED = {"test", "tests", "site-packages", "idlelib", "lib2to3", "turtledemo", "__pycache__"}
 _MAX_CHARACTERS = 400
 _MIN_QUERY, _MIN_DOCUMENT = 20, 60
@@ -82,6 +85,7 @@ def write(out: Path, pairs: list[Pair]) -> None:
     chosen = {
         TEST_FILE: pairs[:_NUM_TEST],
         CALIBRATION_FILE: pairs[_NUM_TEST : _NUM_TEST + _NUM_CALIBRATION],
+        DRAWS_FILE: pairs[_NUM_TEST + _NUM_CALIBRATION :][:_NUM_DRAWN],
     }
     sums = []
     for name, part in chosen.items():

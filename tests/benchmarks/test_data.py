@@ -7,15 +7,15 @@ from octavo.sources import DataKind, open_data
 
 
 def test_the_files_are_those_whose_sums_were_written_down():
-    assert set(files.check_sums()) == {files.TEST.name, files.CALIBRATION.name}
+    assert set(files.check_sums()) == {files.TEST.name, files.CALIBRATION.name, files.DRAWS.name}
 
 
-def test_no_text_is_in_two_pairs_and_none_in_both_files():
-    test, calibration = open_data(files.TEST), open_data(files.CALIBRATION)
-    assert (len(test), len(calibration)) == (1000, 32)
+def test_no_text_is_in_two_pairs_and_none_in_two_files():
+    test, calibration, draws = open_data(files.TEST), open_data(files.CALIBRATION), open_data(files.DRAWS)
+    assert (len(test), len(calibration), len(draws)) == (1000, 32, 288)
     assert test.kind is DataKind.TEXT_PAIRS
-    texts = [text for data in (test, calibration) for sample in data.samples for text in sample.texts]
-    assert len(set(texts)) == 2 * (1000 + 32)
+    texts = [text for data in (test, calibration, draws) for sample in data.samples for text in sample.texts]
+    assert len(set(texts)) == 2 * (1000 + 32 + 288)
     assert max(map(len, texts)) <= 400
 
 
