@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from octavo.search.sensitivity import Sensitivity, rank_quantizers
 from octavo.sources import LoadedModel, as_batches, describe_module, open_model, open_untrained
 from octavo.sources.example import example_inputs
 from octavo.sources.extras import is_callable_name
+from octavo.sources.feeding import few_rows
 from octavo.sources.graphs import GraphModule
 from octavo.sources.models import describes_model
 from octavo.spec.coverage import check_coverage
@@ -129,7 +131,7 @@ def quantize(
         data: Any iterable of batches (tensor, tuple, dict), or a callable that runs forward passes of the model it is
             given. Not needed by recipes whose ranges are dynamic or of weights only.
         tasks: Measured before and after.
-        sample: One batch for the traced forward; the first of ``data`` unless given.
+        sample: One batch for the traced forward; unless given, rows of the first of ``data``: as many as it takes.
         layouts: Checkpoint layouts to be written later; what they cannot hold is refused now.
         target: Where the files will run.
         baseline: What the same tasks said of the unquantized model before (``Run.baseline``).
@@ -149,7 +151,7 @@ def quantize(
     tasks = list(tasks)
     batches = None if data is None else as_batches(data, num_passes=2)
     with clock.phase("plan"):
-        door = _door(loaded, _first(batches) if sample is None and batches is not None else sample)
+        door = _door(loaded, sample) if sample is not None or batches is None else _door_on(loaded, batches)
         the_plan = resolve(the_recipe, door.facts(), target)
         if require_coverage is not None:
             check_coverage(the_plan, require_coverage)
@@ -581,6 +583,19 @@ def _loaded(model: Model) -> LoadedModel:
 def _door(loaded: LoadedModel, sample: Any) -> Door:
     open_door = next(door for kind, door in DOORS.items() if isinstance(loaded.model, kind))
     return open_door(loaded.model, loaded.source, example_inputs(loaded) if sample is None else sample)
+
+
+def _door_on(loaded: LoadedModel, batches: Iterable[Any]) -> Door:
+    """Looks at the model with a few rows of the first batch, or all of them where few might not show everything."""
+    batch = _first(batches)
+    few = few_rows(batch)
+    if few is not None:
+        door = _door(loaded, few)
+        with suppress(Exception):  # a model that wants its rows all together says so again, or not
+            facts = door.facts()
+            if not facts.experts and not any(site.unreached for site in facts.sites):
+                return door
+    return _door(loaded, batch)
 
 
 def _first(batches: Iterable[Any]) -> Any:

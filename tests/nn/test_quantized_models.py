@@ -342,3 +342,33 @@ def test_the_most_sensitive_quantizer_comes_first() -> None:
     ranked = rank_quantizers(run.door, error, higher_is_better=False)
     assert ranked[0].quantizer == "1.weight_quantizer"
     assert ranked[0].cost > 10 * ranked[1].cost
+
+
+class ManyRows(torch.nn.Module):
+    """Goes elsewhere with many rows, or wants many."""
+
+    def __init__(self, *, refuses_few: bool) -> None:
+        super().__init__()
+        self.few, self.many, self.refuses_few = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8), refuses_few
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.refuses_few:
+            x = x.view(32, 8)
+        return self.few(x) if len(x) < 32 else self.many(x)
+
+
+@pytest.mark.parametrize("refuses_few", [False, True])
+def test_the_whole_batch_is_looked_at_where_a_few_rows_do_not_show_everything(refuses_few: bool) -> None:
+    model = ManyRows(refuses_few=refuses_few)
+    run = octavo.quantize(model, "int8", [torch.randn(32, 8)])
+    (many,) = [decision for decision in run.plan.decisions if decision.site.name == "many"]
+    assert not many.site.unreached
+    assert many.site.macs == 32 * 64
+
+
+def test_a_few_rows_are_enough_to_see_a_plain_model() -> None:
+    rows: list[int] = []
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU())
+    model.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    octavo.quantize(model, "int8", [torch.randn(32, 8)] * 2)
+    assert rows == [4, 32, 32]

@@ -95,3 +95,28 @@ def test_what_is_no_data_is_told(data, message):
 def test_what_is_no_batch_is_told():
     with pytest.raises(UserError, match="a batch is a tensor, a tuple of arguments or a dict of them, not a int"):
         feed(Add(), 3)
+
+
+def test_a_few_rows_of_a_batch_have_its_structure():
+    x, mask = torch.arange(20.0).view(10, 2), torch.ones(10)
+    assert feeding_module.few_rows(x).tolist() == x[:4].tolist()
+    few = feeding_module.few_rows({"a": x, "b": None, "mask": mask})
+    assert few["a"].tolist() == x[:4].tolist()
+    assert few["b"] is None
+    assert feeding_module.few_rows((x, mask))[1].shape == (4,)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        torch.ones(7, 3),
+        torch.tensor(1.0),
+        (torch.ones(64, 3), torch.ones(16)),
+        {"a": torch.ones(64), "n": 3},
+        {},
+        print,
+    ],
+    ids=["small", "scalar", "two sizes", "a number", "empty", "a function"],
+)
+def test_where_rows_cannot_be_told_all_stay(batch):
+    assert feeding_module.few_rows(batch) is None

@@ -56,6 +56,35 @@ def feed(model: nn.Module, batch: Any) -> Any:
     return call(model, to_device(batch, _device(model)))
 
 
+def few_rows(batch: Any, count: int = 4) -> Any | None:
+    """The first ``count`` rows of a large batch; ``None`` where it is small already or its rows cannot be told.
+
+    >>> few_rows({"x": torch.zeros(64, 8), "mask": torch.ones(64)})["mask"].shape
+    torch.Size([4])
+    """
+    match batch:
+        case Tensor():
+            parts: list[Any] = [batch]
+        case Mapping():
+            parts = list(batch.values())
+        case tuple() | list():
+            parts = list(batch)
+        case _:
+            return None
+    tensors = [part for part in parts if part is not None]
+    if not all(isinstance(part, Tensor) and part.ndim > 0 for part in tensors):
+        return None
+    if len({part.shape[0] for part in tensors}) != 1 or tensors[0].shape[0] < 2 * count:
+        return None
+    match batch:
+        case Tensor():
+            return batch[:count]
+        case Mapping():
+            return {name: None if part is None else part[:count] for name, part in batch.items()}
+        case _:
+            return tuple(None if part is None else part[:count] for part in batch)
+
+
 def _checked(data: Iterable[Any]) -> Iterable[Any]:
     if isinstance(data, Sized) and len(data) == 0:
         raise UserError("data is empty: no batch to feed the model")
