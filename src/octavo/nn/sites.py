@@ -198,10 +198,16 @@ def _multihead_sites(
 
 
 def _link_ties(model: nn.Module, sites: list[Site]) -> list[Site]:
-    """Sites whose weight another site already holds: they follow it, and count no parameters."""
+    """Sites whose weight another site already holds: they follow it, and count no parameters.
+
+    The owner is the first that can quantize the weight, or the first of all where none can.
+    """
     owners: dict[int, str] = {}
     linked = []
     by_name = dict(model.named_parameters(remove_duplicate=False))
+    for site in sites:
+        if Slot.WEIGHT in site.facts.slots and site.weight in by_name:
+            owners.setdefault(id(by_name[site.weight]), site.facts.name)
     for site in sites:
         kept, tied_to = {}, ""
         for key, count in site.facts.parameters.items():
