@@ -31,8 +31,10 @@ quantizer has seen data or the plan says why not, that each quantizer alone at t
 
 *fp8* is the preset, in octavo, and `FP8_DEFAULT_CFG` in ModelOpt; both leave output heads alone unless said otherwise.
 *all* is a recipe that quantizes everything that can be. A weight counts as covered when its quantizer, alone at two
-bits, changes an output; ModelOpt's *idle* quantizers are enabled and do not, or have seen no data. *Discovery* is
-octavo's traced forward with everything that it finds out; models as small as these show its fixed part.
+bits, changes an output: parts that the sample does not reach, or whose results the model drops, do not. ModelOpt's
+*idle* quantizers are enabled and change nothing, or have seen no data. Multiply-adds are counted with the products of
+attention, which no weight has a part in. *Discovery* is octavo's traced forward with everything that it finds out;
+models as small as these show its fixed part.
 
 """
 
@@ -51,24 +53,30 @@ def ours(name: str) -> dict[str, Any]:
     """One model under the preset and under everything."""
     import octavo
     from octavo.nn.door import TorchDoor
-    from zoo.battery import COARSE, outputs
+    from octavo.spec.plan import Plan
+    from zoo.battery import COARSE, inert
     from zoo.table import made
 
     model, batch = made(name)
-    outputs(model, batch)
     discovery = timed(lambda: TorchDoor(model, name, batch).facts())
     plan = octavo.plan(model, "fp8", sample=batch)
     start = time.perf_counter()
     run = octavo.quantize(model, COARSE, [batch])
     seconds = time.perf_counter() - start
     facts = run.plan.facts
+    idle = {quantizer.removesuffix(".weight_quantizer") for quantizer in inert(run.door, batch)}
+
+    def acting(plan: Plan) -> float:
+        weights = [d.site for d in plan.decisions if d.weight is not None and d.site.name not in idle]
+        return sum(site.num_weights for site in weights) / facts.num_parameters
+
     return {
         "parameters": facts.num_parameters,
         "sites": len(facts.sites),
         "attention": sum(site.operation == "attention" for site in facts.sites),
-        "fp8": plan.parameters_covered,
+        "fp8": acting(plan),
         "fp8_macs": plan.macs_covered,
-        "all": run.plan.parameters_covered,
+        "all": acting(run.plan),
         "all_macs": run.plan.macs_covered,
         "quantizers": len(run.door.quantizer_names()),
         "discovery": discovery,
