@@ -36,7 +36,8 @@ def test_a_model_is_covered_and_comes_back(name: str) -> None:
     assert sum(row.num_parameters for row in rows) == num_parameters
     assert sum(row.macs or 0 for row in rows) == sum(d.site.macs or 0 for d in run.plan.decisions)
     assert all(row.reason for row in rows)
-    assert any(row.state is State.QUANTIZED for row in rows)
+    quantized = sum(row.num_parameters for row in rows if row.state is State.QUANTIZED)
+    assert quantized >= 0.9 * num_parameters
 
     planned, there = {q for q, _ in run.plan.quantizers()}, set(run.door.quantizer_names())
     told = "\n".join(run.record.warnings)
