@@ -25,6 +25,7 @@ COMMANDS = {
     "verify": ("verify", "run/modelopt", "--run", "run", "--data", "pairs.jsonl"),
     "inspect": ("inspect", "run/modelopt"),
     "export": ("export", "run", "--layout", "modelopt", "--out", "exported"),
+    "convert": ("convert", "run", "--to", "int8-channel", "--out", "converted"),
     "recipes": ("recipes",),
     "formats": ("formats",),
 }
@@ -33,6 +34,7 @@ SCHEMAS = {
     "octavo.verification/1": ("verify",),
     "octavo.inspection/1": ("inspect",),
     "octavo.export/1": ("export",),
+    "octavo.conversion/1": ("convert",),
     "octavo.recipes/1": ("recipes",),
     "octavo.formats/1": ("formats",),
 }

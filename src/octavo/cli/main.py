@@ -26,6 +26,7 @@ VERBS: tuple[Callable[..., None], ...] = (
     make.plan,
     make.quantize,
     make.export,
+    make.convert,
     look.evaluate,
     look.sensitivity,
     look.verify,

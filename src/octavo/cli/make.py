@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -173,6 +174,29 @@ def export(
     size = sum(file.stat().st_size for file in written.rglob("*") if file.is_file())
     screen.say(f"{layout} checkpoint, {bytes_text(size)}, written to {written}")
     screen.emit({"schema": "octavo.export/1", "layout": layout, "output": str(written), "file_bytes": size})
+
+
+def convert(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="What weights become: a name of `octavo formats`.")],
+    out: opt.Out,
+    trust_remote_code: opt.TrustRemoteCode = False,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+) -> None:
+    """Take the weights of a run to another format without data, and say which values that changed."""
+    from octavo.export.converted import convert_run
+    from octavo.report.formats import conversion_table
+
+    screen = Screen(json, quiet)
+    changes = convert_run(run, to, out, trust_remote_code=trust_remote_code)
+    inexact = [change for change in changes if change.num_changed]
+    if inexact:
+        screen.show(conversion_table([dataclasses.asdict(change) for change in inexact]))
+    kept = len(changes) - len(inexact)
+    screen.say(f"{kept} of {len(changes)} weights kept every value; run written to {out}")
+    layers = [dataclasses.asdict(change) for change in changes]
+    screen.emit({"schema": "octavo.conversion/1", "format": to, "output": str(out), "layers": layers})
 
 
 def demo(

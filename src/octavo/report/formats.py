@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -70,6 +70,24 @@ def formats_table(rows: Sequence[FormatRow]) -> Table:
             f"{100 * row.error_normal:.3g} %",
             f"{100 * row.error_heavy:.3g} %",
             "\n".join(_carrier_text(carrier) for carrier in row.carriers) or "-",
+        )
+    return table
+
+
+def conversion_table(changes: Sequence[Mapping[str, Any]]) -> Table:
+    """Weights that a conversion changed: how many blocks and values, and by how much."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for heading in ("layer", "was"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("blocks changed", "values", "error"):
+        table.add_column(heading, justify="right")
+    for change in changes:
+        table.add_row(
+            change["name"],
+            change["before"],
+            f"{change['num_changed_blocks']:,} of {change['num_blocks']:,}",
+            f"{change['num_changed']:,}",
+            f"{100 * change['relative_error']:.2g} %",
         )
     return table
 
