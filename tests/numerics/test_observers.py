@@ -244,3 +244,10 @@ def test_data_that_require_a_gradient_are_only_read(name):
     low, _ = observed(name, tensor_format("int8-tensor"), x).range()
     assert not low.requires_grad
     assert torch.equal(x.detach(), before)
+
+
+def test_the_range_of_probabilities_does_not_follow_the_data() -> None:
+    observer = make_observer(ObserverSpec("unit"), tensor_format("e4m3-tensor"))
+    observer.update(torch.tensor([0.1, 0.7]))
+    low, high = observer.range()
+    assert float(scale_from_range(low, high, tensor_format("e4m3-tensor"))[0]) == pytest.approx(1 / 448)

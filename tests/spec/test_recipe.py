@@ -264,7 +264,7 @@ RULE = "rules:\n  - select: '*'\n"
         (
             RULE + "    scheme:\n      input: {format: int8-tensor, observer: absmx}\n",
             4,
-            "unknown observer 'absmx': did you mean 'absmax'?  observers are absmax, percentile, mse, entropy",
+            "unknown observer 'absmx': did you mean 'absmax'?  observers are absmax, percentile, mse, entropy, unit",
         ),
         (
             RULE + "    scheme:\n      input: {format: int8-tensor, observer: mse, percentile: 99}\n",

@@ -63,3 +63,20 @@ def test_what_a_target_cannot_run_is_refused() -> None:
 def test_an_unknown_target_names_the_nearest() -> None:
     with pytest.raises(UserError, match="did you mean 'tensorrt'"):
         formats("int8", "tensort")
+
+
+def test_attention_in_fp8_gets_the_softmax_that_tensorrt_fuses() -> None:
+    slots = (Slot.QUERY, Slot.KEY, Slot.VALUE, Slot.SOFTMAX, Slot.ATTENTION_OUTPUT)
+    facts = ModelFacts("m", "M", (SITE, SiteFacts("attn", "attention", "Attention", slots)), 2048, 8192, True)
+    anywhere = resolve(load_recipe("fp8-attention"), facts, "").decisions[1].scheme
+    tensorrt = resolve(load_recipe("fp8-attention"), facts, "tensorrt").decisions[1].scheme
+    assert Slot.SOFTMAX not in anywhere
+    assert tensorrt[Slot.SOFTMAX].observer.name == "unit"
+
+
+def test_onnxruntime_wants_the_outputs_of_convolutions() -> None:
+    conv = SiteFacts("conv", "conv", "Conv2d", SITE.slots, weight_shape=(8, 256), parameters={"conv.weight": 2048})
+    facts = ModelFacts("m", "M", (conv,), 2048, 8192, True)
+    for recipe, expected in (("int8", True), ("int8-weight-only", False), ("int8-dynamic", False), ("fp8", False)):
+        scheme = resolve(load_recipe(recipe), facts, "onnxruntime-cpu").decisions[0].scheme
+        assert (Slot.OUTPUT in scheme) == expected, recipe

@@ -85,8 +85,10 @@ def make_observer(spec: ObserverSpec, fmt: TensorFormat) -> Observer:
             return MseObserver(fmt)
         case "entropy":
             return EntropyObserver(fmt)
+        case "unit":
+            return UnitObserver()
         case _:
-            raise UserError(f"unknown observer {spec.name!r}: choose absmax, percentile, mse or entropy")
+            raise UserError(f"unknown observer {spec.name!r}: choose absmax, percentile, mse, entropy or unit")
 
 
 class AbsMaxObserver:
@@ -112,6 +114,15 @@ class AbsMaxObserver:
         """See ``Observer``."""
         _check_seen(self.count)
         return torch.tensor(self.low), torch.tensor(self.high)
+
+
+class UnitObserver(AbsMaxObserver):
+    """The range of probabilities, 0 to 1, whatever is seen: engines fix the scale of a softmax so."""
+
+    def range(self) -> tuple[Tensor, Tensor]:
+        """See ``Observer``."""
+        _check_seen(self.count)
+        return torch.tensor(0.0), torch.tensor(1.0)
 
 
 class _HistogramObserver(ABC):

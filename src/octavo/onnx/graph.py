@@ -134,7 +134,8 @@ class _Finder:
     def _convolution(self, node: ir.Node, weight: ir.Value) -> None:
         is_transposed = node.op_type == "ConvTranspose"
         kind = "conv_transposed" if is_transposed else "conv"
-        self._add(node, kind, _operands(node), weight, MatrixView(_shape(weight), is_transposed))
+        operands = _operands(node) | {Slot.OUTPUT: Operand(_activation(node), 0, True)}
+        self._add(node, kind, operands, weight, MatrixView(_shape(weight), is_transposed))
 
     def _attention(self, first: ir.Node, second: ir.Node) -> None:
         operands = {
@@ -212,6 +213,13 @@ class _Finder:
 def _operands(node: ir.Node) -> dict[Slot, Operand]:
     """Of a layer with a weight: weight, input and output."""
     return {Slot.WEIGHT: Operand(node, 1), Slot.INPUT: Operand(node, 0), Slot.OUTPUT: Operand(node, 0, True)}
+
+
+def _activation(node: ir.Node) -> ir.Node:
+    """The ReLU or Clip that alone reads a convolution, so that engines fuse it; the convolution where there is none."""
+    users = node.outputs[0].consumers()
+    fused = len(users) == 1 and users[0].op_type in ("Relu", "Clip") and not node.outputs[0].is_graph_output()
+    return users[0] if fused else node
 
 
 def _weight(node: ir.Node, index: int) -> ir.Value | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from octavo.backends.simulate import format_key
 from octavo.numerics.arrays import array_of
 from octavo.numerics.qtensor import QTensor
-from octavo.onnx.fake_quantize import DOMAIN, NAME, QUANTIZER
+from octavo.onnx.fake_quantize import DOMAIN, NAME, QUANTIZER, operand
 from octavo.onnx.graph import GraphSite, Operand
 from octavo.onnx.lower import Style, lower
 from octavo.onnx.storage import BASE_OPSET
@@ -42,7 +42,8 @@ class Found:
 def marked(model: ir.Model, plan: Plan, sites: Mapping[str, GraphSite], found: Found) -> ir.Model:
     """A copy of ``model`` whose quantizers are nodes; weights are shared with it, not copied."""
     copy = _Copy(model)
-    for name, spec, site, slot in quantizers_of(plan, sites):
+    outputs_first = sorted(quantizers_of(plan, sites), key=lambda entry: entry[3] is not Slot.OUTPUT)
+    for name, spec, site, slot in outputs_first:
         if name in found.off:
             continue
         if slot is Slot.WEIGHT:
@@ -104,10 +105,22 @@ class _Copy:
             return
         source = node.inputs[at.index]
         assert source is not None
+        if self._is_rounded(source, spec, known):
+            return
         key = (source.name, spec.format, None if known is None else float(known[0]))
         if key not in self._shared:
             self._shared[key] = self._fake(name, spec, source, known)
         node.replace_input_with(at.index, self._shared[key])
+
+    def _is_rounded(self, value: ir.Value, spec: QuantizerSpec, known: Range | None) -> bool:
+        """Whether ``value`` comes from a quantizer that would leave nothing to do for this one."""
+        maker = value.producer()
+        if known is None or maker is None or maker.op_type != NAME or maker.domain != DOMAIN:
+            return False
+        same_format = maker.attributes["format"].as_string() == format_key(spec.format)
+        given: list[Any] = [operand(maker, 1), operand(maker, 2)]
+        wanted: list[Any] = [array_of(known[0].float()), None if known[1] is None else array_of(known[1].int())]
+        return same_format and all(np.array_equal(a, b) for a, b in zip(given, wanted, strict=True))
 
     def mark_weight(self, name: str, spec: QuantizerSpec, site: GraphSite) -> None:
         """A quantizer on an initializer, for all that read it."""

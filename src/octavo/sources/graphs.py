@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,15 @@ def open_session(graph: Path | bytes) -> Any:
         raise UserError(f"onnxruntime cannot run {name}: {reason.strip()}") from error
 
 
+@dataclass(frozen=True, slots=True)
+class GraphInput:
+    """One input: its name, its type as onnxruntime writes it, and its sizes, words where they are open."""
+
+    name: str
+    type: str
+    shape: tuple[int | str | None, ...]
+
+
 class GraphModule(nn.Module):
     """A graph in a file. It has no parameters that torch knows of; ``simulate`` puts another session under it.
 
@@ -58,6 +68,7 @@ class GraphModule(nn.Module):
         self.marked: Callable[[], Any] | None = None
         self._open: Callable[[], Any] = lambda: open_session(path)
         self._session: Any = None
+        self._inputs: tuple[GraphInput, ...] = ()
         self._run: Callable[[Arrays], Arrays] | None = None
 
     @property
@@ -68,9 +79,16 @@ class GraphModule(nn.Module):
         return self._session
 
     @property
+    def inputs(self) -> tuple[GraphInput, ...]:
+        """What goes in; known without the session once it was asked."""
+        if not self._inputs:
+            self._inputs = tuple(GraphInput(v.name, v.type, tuple(v.shape)) for v in self.session.get_inputs())
+        return self._inputs
+
+    @property
     def input_names(self) -> tuple[str, ...]:
-        """What goes in."""
-        return tuple(value.name for value in self.session.get_inputs())
+        """Names of what goes in."""
+        return tuple(value.name for value in self.inputs)
 
     @property
     def base_model(self) -> GraphModule:
@@ -79,19 +97,21 @@ class GraphModule(nn.Module):
 
     def reopen(self, open_again: Callable[[], Any]) -> None:
         """Compute by what ``open_again`` opens instead of the file: the file has no weights."""
-        self._open, self._session = open_again, None
+        self._open, self._session, self._inputs = open_again, None, ()
 
     def example(self) -> dict[str, Tensor]:
         """Made-up inputs: two samples, eight of whatever else is open, ones and zeros."""
         made = {}
-        for value in self.session.get_inputs():
+        for value in self.inputs:
             sizes = [size if isinstance(size, int) else 2 if axis == 0 else 8 for axis, size in enumerate(value.shape)]
             dtype = _INTEGERS.get(value.type)
             made[value.name] = torch.zeros(sizes) if dtype is None else torch.ones(sizes, dtype=dtype)
         return made
 
     def simulate(self, run: Callable[[Arrays], Arrays] | None) -> None:
-        """Compute by ``run`` from now on; ``None``: as the file says."""
+        """Compute by ``run`` from now on; ``None``: as the file says. Meanwhile the file's own weights are not kept."""
+        if run is not None and self.inputs:
+            self._session = None
         self._run = run
 
     def arrays(self, *args: Tensor, **kwargs: Tensor) -> dict[str, np.ndarray[Any, Any]]:
@@ -102,10 +122,10 @@ class GraphModule(nn.Module):
         """
         given = {**dict(zip(self.input_names, args, strict=False)), **kwargs}
         arrays = {}
-        for value in self.session.get_inputs():
+        for value in self.inputs:
             if value.name not in given:
                 raise UserError(
-                    f"{self.path.name} has an input '{value.name}' {value.shape}, and the batch has "
+                    f"{self.path.name} has an input '{value.name}' {list(value.shape)}, and the batch has "
                     f"{', '.join(map(repr, given)) or 'nothing'}: name arrays like the graph's inputs"
                 )
             dtype = _INTEGERS.get(value.type) or _FLOATS.get(value.type)

@@ -18,7 +18,7 @@ from octavo.spec.select import quantizer_name
 from octavo.spec.tensor_format import TensorFormat
 
 PLAN_SCHEMA = "octavo.plan/1"
-OBSERVERS = ("absmax", "percentile", "mse", "entropy")
+OBSERVERS = ("absmax", "percentile", "mse", "entropy", "unit")
 
 
 @dataclass(frozen=True, slots=True)

@@ -173,6 +173,7 @@ def for_target(decision: Decision, target: Target) -> Decision:
             raise UserError(problem)
         fmt = target.format(slot, spec.format, is_dynamic=spec.is_dynamic, meets_integers=meets_integers)
         scheme[slot] = replace(spec, format=fmt)
+    scheme |= target.extra(decision.site, scheme)
     return replace(decision, scheme=scheme)
 
 

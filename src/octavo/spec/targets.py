@@ -7,12 +7,14 @@ is simulated, so that what was judged is what is deployed. Every rule names wher
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
 from octavo.errors import UserError
-from octavo.spec.element import INT7, INT8, IntFormat
+from octavo.spec.element import E4M3, INT7, INT8, IntFormat
 from octavo.spec.facts import SiteFacts, Slot
+from octavo.spec.plan import ObserverSpec, QuantizerSpec
 from octavo.spec.tensor_format import PerTensor, TensorFormat, scaled
 
 _ORT_QUANTIZATION = "https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html"
@@ -48,7 +50,9 @@ class Target:
         dynamic_per_tensor: Dynamic integer activations have one scale and one zero point per call.
         dynamic_integers: Whether integer activations can be dynamic at all.
         unsigned_codes: Codes of 8-bit activations are stored as UINT8.
+        quantizes_conv_outputs: A convolution of integers runs in integers only when its output is quantized, too.
         integer_biases: Biases of products of 8-bit integers are stored in INT32.
+        quantizes_softmax: Attention in FP8 is fused only with its softmax in FP8, at scale 1/448.
         rules: Why.
     """
 
@@ -59,7 +63,9 @@ class Target:
     dynamic_per_tensor: bool = False
     dynamic_integers: bool = True
     unsigned_codes: bool = False
+    quantizes_conv_outputs: bool = False
     integer_biases: bool = False
+    quantizes_softmax: bool = False
     rules: tuple[PlacementRule, ...] = field(default=())
 
     def format(self, slot: Slot, fmt: TensorFormat, *, is_dynamic: bool, meets_integers: bool) -> TensorFormat:
@@ -86,6 +92,22 @@ class Target:
             case ZeroPoints.WANTED:
                 return scaled(INT8, fmt.granularity, asymmetric=True)
 
+    def extra(self, site: SiteFacts, scheme: Mapping[Slot, QuantizerSpec]) -> dict[Slot, QuantizerSpec]:
+        """Quantizers that the target wants although no rule asks for them.
+
+        The output of a convolution gets what its input gets; a softmax between products in FP8 the fixed scale 1/448.
+        """
+        there = set(site.slots) - set(scheme)
+        given = scheme.get(Slot.INPUT)
+        is_conv = site.operation in ("conv", "conv_transposed") and Slot.WEIGHT in scheme
+        if self.quantizes_conv_outputs and is_conv and given is not None and Slot.OUTPUT in there:
+            is_integer = isinstance(given.format.element, IntFormat) and not given.is_dynamic
+            return {Slot.OUTPUT: given} if is_integer else {}
+        value = scheme.get(Slot.VALUE)
+        if self.quantizes_softmax and value is not None and value.format.element == E4M3 and Slot.SOFTMAX in there:
+            return {Slot.SOFTMAX: QuantizerSpec(scaled(E4M3, PerTensor()), observer=ObserverSpec("unit"))}
+        return {}
+
     def problem(self, site: SiteFacts, slot: Slot, fmt: TensorFormat, *, is_dynamic: bool) -> str:
         """Why the target cannot run a quantizer, with the way out; empty when it can."""
         dynamic_integer = is_dynamic and isinstance(fmt.element, IntFormat)
@@ -105,6 +127,10 @@ _DYNAMIC = PlacementRule(
     "dynamic activations: one asymmetric UINT8 range per call, the pattern that becomes DynamicQuantizeMatMul",
     _ORT_QUANTIZATION,
 )
+_CONV = PlacementRule(
+    "outputs of convolutions are quantized, behind a ReLU that follows: else the convolution computes in float",
+    "https://github.com/microsoft/onnxruntime/tree/main/onnxruntime/core/optimizer/qdq_transformer/selectors_actions",
+)
 _BIAS = PlacementRule("biases of Gemm and Conv in INT32 at the scale of the product, zero point 0", _ORT_QUANTIZATION)
 
 TARGETS: dict[str, Target] = {
@@ -117,8 +143,9 @@ TARGETS: dict[str, Target] = {
             weight_bits=7,
             dynamic_per_tensor=True,
             unsigned_codes=True,
+            quantizes_conv_outputs=True,
             integer_biases=True,
-            rules=(_U8S8, _SATURATION, _DYNAMIC, _BIAS),
+            rules=(_U8S8, _SATURATION, _DYNAMIC, _CONV, _BIAS),
         ),
         Target(
             "onnxruntime-cpu-vnni",
@@ -126,8 +153,9 @@ TARGETS: dict[str, Target] = {
             zero_points=ZeroPoints.WANTED,
             dynamic_per_tensor=True,
             unsigned_codes=True,
+            quantizes_conv_outputs=True,
             integer_biases=True,
-            rules=(_U8S8, _DYNAMIC, _BIAS),
+            rules=(_U8S8, _DYNAMIC, _CONV, _BIAS),
         ),
         Target(
             "onnxruntime-cuda",
@@ -140,7 +168,9 @@ TARGETS: dict[str, Target] = {
             "TensorRT and TensorRT for RTX: symmetric, explicit Q/DQ",
             zero_points=ZeroPoints.NONE,
             dynamic_integers=False,
+            quantizes_softmax=True,
             rules=(
+                PlacementRule("attention in FP8 is fused with the softmax at scale 1/448", _TENSORRT_TYPES),
                 PlacementRule("symmetric only: every zero point is 0", _TENSORRT_TYPES),
                 PlacementRule("activations per tensor, weights per channel or in blocks", _TENSORRT_TYPES),
                 PlacementRule("no Q/DQ on outputs; the graph's types are obeyed", _TENSORRT_TYPES),
