@@ -1,4 +1,8 @@
-"""SmoothQuant as a step: the input of a group of layers is divided channel by channel, their columns are multiplied."""
+"""SmoothQuant as a step: the input of a group of layers is divided channel by channel, their columns are multiplied.
+
+``alpha: search`` takes, for each group, the alpha whose outputs err least by the group's Gram matrix: rounding of the
+weights and of the input together (``numerics.rescaling``), without running anything again.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +12,26 @@ import torch
 from torch import Tensor
 
 from octavo.numerics.door import Block, InputGroup
+from octavo.numerics.rescaling import Reader, Rescaling
 from octavo.numerics.statistics import Need
 from octavo.spec.steps import SmoothQuant
+
+_NUM_ALPHAS = 21
+_ALPHA_UNSEEN = 0.5  # where there is no Gram matrix to judge by
 
 
 class SmoothQuantAlgorithm:
     """See the module."""
 
-    needs = frozenset({Need.RANGE})
     preserves_function = True
 
     def __init__(self, options: SmoothQuant) -> None:
         self.options = options
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """Ranges; the Gram matrix to search alpha."""
+        return frozenset({Need.RANGE, Need.GRAM} if self.options.alpha == "search" else {Need.RANGE})
 
     def apply(self, block: Block, layers: Sequence[str]) -> dict[str, str]:
         """Scale every group whose input was seen."""
@@ -32,8 +44,24 @@ class SmoothQuantAlgorithm:
             amax_x = channel_amax(block.statistics(group.layers[0]).amax, group)
             weights = torch.stack([block.read_weight(layer).float().abs().amax(0) for layer in group.layers])
             amax_w = channel_amax(weights.amax(0), group)
-            block.set_pre_scale(group, group.tie(smoothing_scale(amax_x, amax_w, self.options.alpha)))
+            block.set_pre_scale(group, self._scale(block, group, amax_x, amax_w))
         return left
+
+    def _scale(self, block: Block, group: InputGroup, amax_x: Tensor, amax_w: Tensor) -> Tensor:
+        if self.options.alpha != "search":
+            return group.tie(smoothing_scale(amax_x, amax_w, self.options.alpha))
+        statistics, spec = block.statistics(group.layers[0]), block.input_spec(group.layers[0])
+        if statistics.gram is None:  # a convolution in groups
+            return group.tie(smoothing_scale(amax_x, amax_w, _ALPHA_UNSEEN))
+        judge = Rescaling(
+            [Reader.of(block.read_weight(layer), block.weight_spec(layer).format) for layer in group.layers],
+            statistics.gram / max(1, statistics.count),
+            statistics.amax,
+            None if spec is None else spec.format,
+        )
+        alphas = torch.linspace(0, 1, _NUM_ALPHAS, dtype=torch.float64).tolist()
+        scales = [group.tie(smoothing_scale(amax_x, amax_w, alpha)) for alpha in alphas]
+        return min([torch.ones_like(amax_x), *scales], key=lambda scale: judge.loss(group.per_column(scale)))
 
     @staticmethod
     def _why_not(block: Block, group: InputGroup, layers: Sequence[str]) -> str:

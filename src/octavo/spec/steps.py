@@ -36,10 +36,13 @@ class Options(BaseModel):
 
 
 class SmoothQuant(Options):
-    """Moves outliers of a layer's input into its weight, channel by channel (arXiv:2211.10438)."""
+    """Moves outliers of a layer's input into its weight, channel by channel (arXiv:2211.10438).
+
+    ``alpha``: how much of its range the input loses, 0 to 1; ``search`` finds the best for each group of layers.
+    """
 
     name: ClassVar[str] = "smoothquant"
-    alpha: float = Field(default=0.5, ge=0, le=1)
+    alpha: Annotated[float, Field(ge=0, le=1)] | Literal["search"] = 0.5
 
 
 class Gptq(Options):
