@@ -524,6 +524,7 @@ def verify(path: str | Path, run: Run | str | Path, data: Any = None, *, track: 
         ((key, array_of(value)) for key, value in run.door.simulated_weights()),
         tensors=((key, array_of(value)) for key, value in run.door.snapshot().passthrough()),
         activations=run.door.activation_scales(),
+        extras=((name, array_of(value)) for name, value in run.door.simulated_extras()),
     )
     if data is None or comparison.missing:
         return Verification(comparison)
@@ -675,13 +676,19 @@ def _state_dict(files: RunFiles) -> dict[str, torch.Tensor]:
 def _filled_from_files(run: Run, path: Path) -> Door:
     """A copy of the simulation whose weights, tensors and activation scales are those an independent reader found."""
     checkpoint = open_checkpoint(path)
+    scales, extras = run.door.activation_scales(), dict(run.door.simulated_extras())
     return run.door.twin(
         {key: torch.from_numpy(entry.dequantize()) for key, entry in checkpoint.weights.items()},
         {key: tensor_of(stored.read()) for key, stored in checkpoint.tensors.items()},
         {
-            entry.name: tensor_of(entry.scale.read()).reshape(())
-            for entry in checkpoint.activations.values()
-            if entry.scale is not None
+            name: tensor_of(entry.read_scale(scales[name])).reshape(())
+            for name, entry in checkpoint.activations.items()
+            if entry.scale is not None and name in scales
+        },
+        {
+            name: tensor_of(entry.read(array_of(extras[name])))
+            for name, entry in checkpoint.extras.items()
+            if name in extras
         },
     )
 

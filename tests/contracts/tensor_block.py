@@ -93,6 +93,14 @@ class TensorBlock:
         self.fixed[layer] = value
         self.weights[layer] = value.dequantize(self.weights[layer].dtype)
 
+    def fixed_outer(self, layer: str) -> Tensor | None:
+        scale = self.fixed[layer].scale if layer in self.fixed else None
+        return (
+            scale.scale
+            if isinstance(scale, QTensor) and isinstance(scale.scale, Tensor) and not scale.scale.ndim
+            else None
+        )
+
     def set_pre_scale(self, group: InputGroup, scale: Tensor) -> None:
         assert not self.fixed.keys() & set(group.layers)
         assert bool((scale.isfinite() & (scale > 0)).all())

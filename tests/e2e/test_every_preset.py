@@ -12,6 +12,7 @@ from torch import nn
 import octavo
 from octavo.errors import UserError
 from octavo.export.base import EXPORTERS
+from octavo.nn.extras import INPUT_TRANSFORM, LOW_RANK, InputTransform, LowRank
 from octavo.readers.inspect import inspect
 from octavo.spec.recipe import presets
 
@@ -74,3 +75,76 @@ def test_a_run_without_them_needs_none(tmp_path: Path) -> None:
     run = octavo.quantize(Small(), "nvfp4", batches())
     octavo.save(run, tmp_path / "run")
     assert torch.equal(octavo.load(tmp_path / "run", Small()).model(batches()[0]), run.model(batches()[0]))
+
+
+def with_extras() -> octavo.Run:
+    """NVFP4 with everything that algorithms may leave beside a layer."""
+    run = octavo.quantize(Small(), "nvfp4", batches())
+    model = run.model
+    generator = torch.Generator().manual_seed(2)
+    transform = InputTransform(128, -1, 2)
+    transform.divide(torch.rand(128, generator=generator) + 0.5)
+    transform.rotate(16, torch.device("cpu"))
+    for layer in (model.up, model.gate):
+        layer.add_module(INPUT_TRANSFORM, transform)
+    a, b = torch.randn(4, 256, generator=generator), torch.randn(128, 4, generator=generator)
+    model.down.add_module(LOW_RANK, LowRank(a, b))
+    scale = InputTransform(256, -1, 1)
+    scale.divide(torch.rand(256, generator=generator) + 0.5)
+    model.down.add_module(INPUT_TRANSFORM, scale)
+    return run
+
+
+@torch.no_grad()
+def test_scales_rotations_and_branches_come_back(tmp_path: Path) -> None:
+    data = batches()
+    run = with_extras()
+    expected = run.model(data[0])
+    octavo.save(run, tmp_path / "run")
+    restored = octavo.load(tmp_path / "run", Small())
+    assert torch.equal(restored.model(data[0]), expected)
+    assert restored.model.up.input_transform is restored.model.gate.input_transform
+    found = octavo.verify(tmp_path / "run", run, data)
+    assert found.agrees, found
+    restored.model.down.low_rank.a[0, 0] += 1
+    restored.model.up.input_transform.pre_scale[3] += 1
+    names = {difference.name for difference in octavo.verify(tmp_path / "run", restored).weights.differences}
+    assert names == {"down.low_rank.a", "up.pre_scale", "gate.pre_scale"}
+    assert torch.equal(octavo.lower(run.model)(data[0]), expected)
+
+
+@torch.no_grad()
+def test_scales_and_branches_are_exported(tmp_path: Path) -> None:
+    data = batches()
+    run = with_extras()
+    with pytest.raises(
+        UserError, match="layer 'up': the layout has no place for the rotation of its input, in blocks of 16"
+    ):
+        octavo.export(run, tmp_path / "out")
+    for layer in (run.model.up, run.model.gate):
+        layer.input_transform.rotation, layer.input_transform.matrix = 0, None
+    out = octavo.export(run, tmp_path / "out")
+    found = octavo.verify(out, run, data)
+    assert found.agrees, found
+    assert found.weights.num_tensors == 3 + 5  # biases; three scales and a branch
+
+
+SMOOTHED = """
+name: smoothed
+rules:
+  - select: operation:linear
+    scheme: {weight: int8-channel, input: int8-tensor}
+steps: [smoothquant]
+"""
+
+
+@torch.no_grad()
+def test_a_scale_that_cannot_be_folded_is_stored_and_exported(tmp_path: Path) -> None:
+    data = [batch * torch.linspace(0.1, 20, 128) for batch in batches()]
+    (tmp_path / "smoothed.yaml").write_text(SMOOTHED)
+    run = octavo.quantize(Small(), tmp_path / "smoothed.yaml", data)
+    octavo.save(run, tmp_path / "run")
+    assert torch.equal(octavo.load(tmp_path / "run", Small()).model(data[0]), run.model(data[0]))
+    found = octavo.verify(octavo.export(tmp_path / "run", tmp_path / "out"), run, data)
+    assert found.agrees, found
+    assert "up.pre_scale" in {row.name for row in inspect(tmp_path / "out").rows}

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
 import torch
 from torch import nn
 
@@ -13,13 +18,13 @@ from octavo.spec.recipe import load_recipe
 
 
 class Attention(nn.Module):
-    """Three readers of one tensor, one of another."""
+    """Three readers of one tensor, one of another; of weights that differ in range."""
 
-    def __init__(self) -> None:
+    def __init__(self, factors: Sequence[float] = (1, 2, 3, 4)) -> None:
         super().__init__()
         self.q, self.k, self.v, self.o = (nn.Linear(32, 32, bias=False) for _ in range(4))
         with torch.no_grad():
-            for factor, layer in enumerate((self.q, self.k, self.v, self.o), 1):
+            for factor, layer in zip(factors, (self.q, self.k, self.v, self.o), strict=True):
                 layer.weight.mul_(factor)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -27,12 +32,14 @@ class Attention(nn.Module):
         return self.o(weights @ self.v(x))
 
 
-def layers_of(recipe: str, *leave: str) -> tuple[dict[str, LayerSnapshot], TorchDoor, tuple[str, ...]]:
+def layers_of(
+    recipe: str, *leave: str, factors: Sequence[float] = (1, 2, 3, 4)
+) -> tuple[dict[str, LayerSnapshot], TorchDoor, tuple[str, ...]]:
     torch.manual_seed(0)
     rules = load_recipe(recipe)
     for pattern in leave:
         rules = rules.leave(pattern, why="")
-    run = quantize(Attention(), rules, [torch.randn(2, 5, 32)])
+    run = quantize(Attention(factors), rules, [torch.randn(2, 5, 32)])
     return {layer.name: layer for layer in run.door.snapshot().layers()}, run.door, run.record.warnings
 
 
@@ -66,3 +73,15 @@ def test_formats_without_a_scale_per_tensor_share_nothing() -> None:
     scales = [layers[name].weight.scale for name in "qk"]  # type: ignore[union-attr]
     assert not torch.equal(scales[0], scales[1])  # type: ignore[arg-type]
     assert not any("share" in warning for warning in warnings)
+
+
+@pytest.mark.parametrize("step", ["scale_search", "gptq", "hqq", "awq", "svdquant"])
+def test_algorithms_share_it_too(step: str, tmp_path: Path) -> None:
+    recipe = {
+        "rules": [{"select": "operation:linear", "scheme": {"weight": "nvfp4", "input": "nvfp4"}}],
+        "steps": [step],
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps({"name": "x", **recipe}))
+    for factors in ((1, 2, 3, 4), (3.7, 1, 2, 4)):  # the largest is rounded last, or first
+        layers, _, _ = layers_of(str(tmp_path / "recipe.yaml"), factors=factors)
+        assert len({outer(layers[name]) for name in "qkv"}) == 1

@@ -16,7 +16,7 @@ from octavo.nn.calls import KeptTree, Tree, floating
 from octavo.nn.experts import ExpertWatch
 from octavo.nn.extras import INPUT_TRANSFORM, LOW_RANK, InputTransform, Listener, LowRank
 from octavo.nn.flow import Link, LinkFinder, Producer, Trial, divide_columns
-from octavo.nn.fusion import Member, shared_amaxes
+from octavo.nn.fusion import Member, fixed_outers, shared_amaxes
 from octavo.nn.quantizer import ActivationQuantizer, Mode, Quantizer, new_observer
 from octavo.numerics.door import Fold, InputGroup
 from octavo.numerics.hadamard import rotate
@@ -175,6 +175,10 @@ class TorchBlock:
         found = self._layers[layer]
         found.quantizer.fix(found.parameter, value)
 
+    def fixed_outer(self, layer: str) -> Tensor | None:
+        """See ``Block.fixed_outer``."""
+        return self._layers[layer].quantizer.fixed_outer
+
     @torch.no_grad()
     def set_pre_scale(self, group: InputGroup, scale: Tensor) -> None:
         """See ``Block.set_pre_scale``."""
@@ -311,15 +315,17 @@ class TorchBlock:
         for q in self._quantizers:
             if isinstance(q, ActivationQuantizer) and q.spec.is_dynamic:
                 q.mode = Mode.QUANTIZE
-        shared = shared_amaxes(self._fused_members())
+        fused = self._fused_members()
+        shared, known = shared_amaxes(fused), fixed_outers(fused)
         for layer in self._layers.values():
-            layer.quantizer.find_range(layer.parameter, shared.get(layer.quantizer))
+            quantizer = layer.quantizer
+            quantizer.find_range(layer.parameter, shared.get(quantizer), known.get(quantizer))
         return off
 
     def _fused_members(self) -> list[list[Member]]:
-        """Weights that engines join and that no algorithm has rounded."""
+        """Weights that engines join."""
         groups = [[self._layers[name] for name in names if name in self._layers] for names in self._fused]
-        return [[(x.quantizer, x.parameter) for x in group if not x.quantizer.is_fixed] for group in groups]
+        return [[(x.quantizer, x.parameter) for x in group] for group in groups]
 
     @torch.no_grad()
     def advance(self) -> float | None:

@@ -18,7 +18,7 @@ from octavo.nn.fusion import Member, shared_amaxes
 from octavo.nn.quantizer import ActivationQuantizer, Mode, Quantizer, WeightQuantizer
 from octavo.nn.sites import Site, find_sites
 from octavo.nn.snapshot import TorchSnapshot, stored_parameter
-from octavo.nn.state import load_tensors, ranges_of, replace_scales, set_ranges
+from octavo.nn.state import load_tensors, replace_extras, replace_scales, restore_layers, simulated_extras
 from octavo.nn.walk import Walk
 from octavo.numerics.snapshot import LayerSnapshot
 from octavo.numerics.store import Store
@@ -180,7 +180,7 @@ class TorchDoor:
         """See ``Door.restore``."""
         load_tensors(self.model, dict(tensors))
         self.prepare(plan)
-        set_ranges(self.model, ranges_of(layers).get)
+        restore_layers(self.model, layers)
 
     def simulated_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """See ``Door.simulated_weights``."""
@@ -190,12 +190,17 @@ class TorchDoor:
         """See ``Door.activation_scales``."""
         return activation_scales(self.model)
 
+    def simulated_extras(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """See ``Door.simulated_extras``."""
+        return simulated_extras(self.model)
+
     @torch.no_grad()
     def twin(
         self,
         weights: Mapping[str, torch.Tensor],
         tensors: Mapping[str, torch.Tensor],
         scales: Mapping[str, torch.Tensor],
+        extras: Mapping[str, torch.Tensor],
     ) -> TorchDoor:
         """See ``Door.twin``."""
         model = copy.deepcopy(self.model)
@@ -203,6 +208,7 @@ class TorchDoor:
         for key, value in (*weights.items(), *tensors.items()):
             slots[key].copy_(value)
         replace_scales(model, scales)
+        replace_extras(model, extras)
         return TorchDoor(model, self.source)
 
     def write_skeleton(self, directory: Path) -> None:

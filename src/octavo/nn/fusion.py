@@ -31,3 +31,15 @@ def shared_amaxes(groups: Iterable[Sequence[Member]]) -> dict[WeightQuantizer, T
                 largest = torch.stack([weight.abs().amax().float() for _, weight in alike]).amax()
                 found |= {quantizer: largest.to(weight.device) for quantizer, weight in alike}
     return found
+
+
+def fixed_outers(groups: Iterable[Sequence[Member]]) -> dict[WeightQuantizer, Tensor]:
+    """The scale of scales that an algorithm gave one of a group, for the others of the same format."""
+    found: dict[WeightQuantizer, Tensor] = {}
+    for members in groups:
+        known = {q.spec.format: q.fixed_outer for q, _ in members if q.fixed_outer is not None}
+        for quantizer, _ in members:
+            outer = known.get(quantizer.spec.format)
+            if outer is not None and not quantizer.is_fixed:
+                found[quantizer] = outer
+    return found

@@ -290,12 +290,13 @@ class WeightQuantizer(Quantizer):
         self.stored_scale.copy_(scale)
 
     @torch.no_grad()
-    def find_range(self, weight: Tensor, shared_amax: Tensor | None = None) -> None:
+    def find_range(self, weight: Tensor, shared_amax: Tensor | None = None, outer: Tensor | None = None) -> None:
         """Look at the weight once and start rounding.
 
         Args:
             weight: The parameter.
             shared_amax: Largest magnitude of all weights that share the scale of their scales with this one.
+            outer: That scale, where one of them is fixed already.
 
         Raises:
             NotFiniteError: the weight holds NaN or inf.
@@ -310,21 +311,35 @@ class WeightQuantizer(Quantizer):
         if fmt.is_plain:
             self.mode = Mode.QUANTIZE
         elif self.spec.observer.name == "mse":
-            self.set_range(*self._searched(matrix, shared_amax))
+            self.set_range(*self._searched(matrix, shared_amax, outer))
         elif fmt.is_nested:
-            outer = None if shared_amax is None else outer_scale_from_amax(shared_amax, fmt)
+            if outer is None and shared_amax is not None:
+                outer = outer_scale_from_amax(shared_amax, fmt)
             found = quantize(matrix, fmt, outer_scale=outer)
             assert found.scale is not None
             self.set_range(found.scale, found.zero_point)
         else:
             self.set_range(*range_of(matrix, fmt))
 
-    def _searched(self, matrix: Tensor, shared_amax: Tensor | None) -> tuple[Tensor | QTensor, Tensor | None]:
+    def _searched(
+        self, matrix: Tensor, shared_amax: Tensor | None, outer: Tensor | None
+    ) -> tuple[Tensor | QTensor, Tensor | None]:
         fmt = self.spec.format
         if fmt.is_symmetric and not fmt.is_nested:
             return search_scale(matrix, fmt, loops=loops_for(matrix, fmt)), None
-        is_shared = shared_amax is not None and fmt.is_nested
-        return search_scales(matrix, fmt, outer=outer_scale(shared_amax, fmt) if is_shared else None)
+        if outer is None and shared_amax is not None and fmt.is_nested:
+            outer = outer_scale(shared_amax, fmt)
+        return search_scales(matrix, fmt, outer=outer)
+
+    @property
+    def fixed_outer(self) -> Tensor | None:
+        """The scale of a fixed weight's scales, in a format that has one per tensor."""
+        if not self.is_fixed or self.stored_scale is None or not self.spec.format.shares_outer_scale:
+            return None
+        level: Tensor | QTensor | None = self.stored_scale.tensor()
+        while isinstance(level, QTensor):
+            level = level.scale
+        return level
 
     @torch.no_grad()
     def codes(self, weight: Tensor) -> QTensor:

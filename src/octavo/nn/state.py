@@ -2,39 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from octavo.errors import UserError
+from octavo.nn.block_layers import BlockLayer, block_layers
+from octavo.nn.extras import INPUT_TRANSFORM, LOW_RANK, InputTransform, LowRank
 from octavo.nn.parametrized import make_plain_for_good, sources_of
 from octavo.nn.quantizer import ActivationQuantizer, Mode
 from octavo.nn.surgery import quantizers
-from octavo.numerics.qtensor import QTensor
 from octavo.numerics.snapshot import LayerSnapshot
-from octavo.spec.facts import Slot
 from octavo.spec.select import quantizer_name
 
 
-def set_ranges(model: nn.Module, ranges: Callable[[str], tuple[Tensor | QTensor, Tensor | None] | None]) -> None:
-    """Give every static quantizer its range.
+@torch.no_grad()
+def restore_layers(model: nn.Module, layers: Iterable[LayerSnapshot]) -> None:
+    """Give quantizers their ranges, weights their codes, and layers what algorithms had left beside them.
 
     Args:
-        model: Prepared with the plan of the run.
-        ranges: Quantizer name -> scale and zero point; ``None`` for one that stayed off.
+        model: Prepared with the plan of the run, its tensors loaded.
+        layers: What was stored; read one at a time. A static quantizer that is not among them stays off.
     """
-    for quantizer in quantizers(model):
-        if quantizer.spec.is_dynamic or quantizer.spec.format.is_plain:
-            quantizer.mode = Mode.QUANTIZE
-            continue
-        known = ranges(quantizer.name)
-        if known is None:
-            assert isinstance(quantizer, ActivationQuantizer)
-            quantizer.mode = Mode.OFF
-        else:
-            quantizer.set_range(*known)
+    activations = {q.name: q for q in quantizers(model) if isinstance(q, ActivationQuantizer)}
+    for quantizer in activations.values():
+        quantizer.mode = Mode.QUANTIZE if quantizer.spec.is_dynamic else Mode.OFF
+    weights = block_layers(model, list(quantizers(model)))
+    transforms: dict[str, InputTransform] = {}
+    for stored in layers:
+        for slot, activation in stored.activations.items():
+            if activation.scale is not None:
+                activations[quantizer_name(stored.name, slot)].set_range(activation.scale, activation.zero_point)
+        if stored.weight is not None:
+            layer = weights[stored.name]
+            layer.quantizer.fix(layer.parameter, stored.weight)
+            layer.quantizer.mode = Mode.QUANTIZE
+            _restore_extras(stored, layer, transforms)
+
+
+def _restore_extras(stored: LayerSnapshot, layer: BlockLayer, shared: dict[str, InputTransform]) -> None:
+    """Put the scale or rotation of the input, and the low-rank branch, where they were."""
+    if stored.pre_scale is not None or stored.input_rotation:
+        layer.holder.add_module(INPUT_TRANSFORM, _transform(stored, layer, shared))
+    if stored.low_rank is not None:
+        layer.holder.add_module(LOW_RANK, LowRank(*stored.low_rank).to(layer.parameter.device))
+
+
+def _transform(stored: LayerSnapshot, layer: BlockLayer, shared: dict[str, InputTransform]) -> InputTransform:
+    """One for all layers that read the same tensor, and so divide and rotate it alike."""
+    found = shared.get(stored.fusion_group) if stored.fusion_group else None
+    if found is not None:
+        found.memory.num_readers += 1
+        return found
+    device = layer.parameter.device
+    channels = layer.quantizer.view.matrix_shape[-1] if stored.pre_scale is None else len(stored.pre_scale)
+    transform = InputTransform(channels, layer.channel_axis, 1)
+    if stored.pre_scale is not None:
+        transform.divide(stored.pre_scale.to(device))
+    if stored.input_rotation:
+        transform.rotate(stored.input_rotation, device)
+    if stored.fusion_group:
+        shared[stored.fusion_group] = transform
+    return transform
+
+
+def simulated_extras(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """``<site>.<part>`` and value of what the simulation does to inputs beside rounding, and of low-rank branches.
+
+    Parts: ``pre_scale``, ``input_rotation``, ``low_rank.a``, ``low_rank.b``.
+    """
+    for layer in block_layers(model, list(quantizers(model))).values():
+        transform, branch = layer.transform, layer.holder._modules.get(LOW_RANK)
+        if transform is not None and transform.pre_scale is not None:
+            yield f"{layer.name}.pre_scale", transform.pre_scale
+        if transform is not None and transform.rotation:
+            yield f"{layer.name}.input_rotation", torch.tensor(transform.rotation)
+        if isinstance(branch, LowRank):
+            yield f"{layer.name}.low_rank.a", branch.a
+            yield f"{layer.name}.low_rank.b", branch.b
+
+
+@torch.no_grad()
+def replace_extras(model: nn.Module, extras: Mapping[str, Tensor]) -> None:
+    """Other values for some of what ``simulated_extras`` names."""
+    for name, tensor in simulated_extras(model):
+        if name in extras:
+            tensor.copy_(extras[name])
 
 
 @torch.no_grad()
@@ -65,15 +120,3 @@ def load_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             f"the run's tensors are not those of a {type(model).__name__}: "
             f"missing {missing[:3]}, unknown {list(result.unexpected_keys)[:3]}"
         )
-
-
-def ranges_of(layers: Iterable[LayerSnapshot]) -> dict[str, tuple[Tensor | QTensor, Tensor | None]]:
-    """Quantizer name -> scale and zero point, of every static quantizer that was on."""
-    ranges: dict[str, tuple[Tensor | QTensor, Tensor | None]] = {}
-    for layer in layers:
-        if layer.weight is not None and layer.weight.scale is not None:
-            ranges[quantizer_name(layer.name, Slot.WEIGHT)] = layer.weight.scale, layer.weight.zero_point
-        for slot, activation in layer.activations.items():
-            if activation.scale is not None:
-                ranges[quantizer_name(layer.name, slot)] = activation.scale, activation.zero_point
-    return ranges

@@ -128,6 +128,10 @@ class Block(Protocol):
         """The layer's weight from now on: exactly these codes and scales, in simulation and in files."""
         ...
 
+    def fixed_outer(self, layer: str) -> Tensor | None:
+        """The scale of a fixed weight's scales, in a format with one per tensor; layers of a group agree on it."""
+        ...
+
     def set_pre_scale(self, group: InputGroup, scale: Tensor) -> None:
         """Divide the tensor that a group reads by ``scale``, and multiply the columns of its weights by it.
 
@@ -295,13 +299,27 @@ class Door(Protocol):
         """Full quantizer name -> scale, of every static activation quantizer that is on."""
         ...
 
-    def twin(self, weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> Door:
+    def simulated_extras(self) -> Iterator[tuple[str, Tensor]]:
+        """``<site>.<part>`` and value of what is done to inputs beside rounding, and of low-rank branches.
+
+        Parts: ``pre_scale``, ``input_rotation``, ``low_rank.a``, ``low_rank.b``.
+        """
+        ...
+
+    def twin(
+        self,
+        weights: Mapping[str, Tensor],
+        tensors: Mapping[str, Tensor],
+        scales: Mapping[str, Tensor],
+        extras: Mapping[str, Tensor],
+    ) -> Door:
         """A copy of the simulation that computes with other values, found by whoever checks files.
 
         Args:
             weights: Name -> simulated value, in the parameter's shape.
             tensors: Name -> value of what is not quantized.
             scales: Quantizer -> scale.
+            extras: As ``simulated_extras`` names them.
         """
         ...
 

@@ -66,6 +66,10 @@ def agreed_outer(block: Block, layer: str) -> Tensor | None:
     if not _has_outer(fmt):
         return None
     fused = [name for name in group_of(block, layer).layers if block.weight_spec(name).format == fmt]
+    known = (block.fixed_outer(name) for name in fused)
+    outer = next((scale for scale in known if scale is not None), None)
+    if outer is not None:
+        return outer
     tops = [block.read_weight(name).abs().amax().float() for name in fused if block.read_weight(name).numel()]
     return outer_scale(torch.stack(tops).amax(), fmt) if tops else None
 

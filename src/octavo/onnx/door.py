@@ -247,8 +247,16 @@ class OnnxDoor:
         """See ``Door.activation_scales``."""
         return {name: float(scale) for name, (scale, _) in self._found.ranges.items()}
 
+    def simulated_extras(self) -> Iterator[tuple[str, Tensor]]:
+        """See ``Door.simulated_extras``: a graph has its scales and branches among its own nodes."""
+        return iter(())
+
     def twin(
-        self, weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor], scales: Mapping[str, Tensor]
+        self,
+        weights: Mapping[str, Tensor],
+        tensors: Mapping[str, Tensor],
+        scales: Mapping[str, Tensor],
+        extras: Mapping[str, Tensor],
     ) -> OnnxDoor:
         """See ``Door.twin``."""
         assert self._plan is not None

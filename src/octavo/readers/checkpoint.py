@@ -63,6 +63,18 @@ class ActivationEntry:
     zero_point: StoredTensor | None = None
     stored_factor: float = 1.0
 
+    def read_scale(self, simulated: float) -> np.ndarray:
+        """What values are divided by; ``simulated`` where the files hold exactly ``stored_factor`` times it."""
+        assert self.scale is not None, "a dynamic quantizer has no scale"
+        stored = self.scale.read()
+        factor = stored.dtype.type(self.stored_factor)
+        own = np.asarray(simulated, stored.dtype)
+        return (
+            own.reshape(stored.shape)
+            if np.array_equal((own * factor).reshape(-1), stored.reshape(-1))
+            else stored / factor
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class ExtraEntry:
@@ -77,6 +89,14 @@ class ExtraEntry:
     name: str
     stored: StoredTensor
     is_reciprocal: bool = False
+
+    def read(self, simulated: np.ndarray) -> np.ndarray:
+        """What it means; ``simulated`` where the files hold just its reciprocal, which has no exact inverse."""
+        values = self.stored.read()
+        if not self.is_reciprocal:
+            return values
+        is_exact = values.dtype == simulated.dtype and np.array_equal(np.reciprocal(simulated), values)
+        return simulated if is_exact else np.reciprocal(values.astype(np.float32))
 
 
 @dataclass(frozen=True, slots=True)
