@@ -72,6 +72,20 @@ def test_views_and_strides_do_not_matter(backend, name: str) -> None:
         assert_same_bits(backend, view, fmt, *range_of(view, fmt))
 
 
+def test_torch_s_defaults_do_not_matter(backend) -> None:
+    x, fmt = boundaries(torch.float32).nan_to_num(0, 1e3, -1e3).clamp(-1e3, 1e3), FORMATS["int8-token-asymmetric"]
+    ranges, codes = backend.min_max(x, fmt.granularity), backend.codes(x, fmt, *range_of(x, fmt))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            assert_same_bits(backend, x, fmt, *range_of(x, fmt))
+            for found, expected in zip(backend.min_max(x, fmt.granularity), ranges, strict=True):
+                assert torch.equal(found, expected)
+            assert torch.equal(backend.codes(x, fmt, *range_of(x, fmt)), codes)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_more_values_than_one_part_are_all_rounded(backend) -> None:
     x = torch.randn(3, 100_001, generator=torch.Generator().manual_seed(1))
     for name in ("int8-tensor", "e4m3-tensor", "int8-tensor-asymmetric"):

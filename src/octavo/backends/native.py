@@ -166,9 +166,11 @@ def _compile(compiler: str, target: Path) -> None:
     try:
         _, complaint = process.communicate(timeout=TIMEOUT_S)
     except subprocess.TimeoutExpired:
-        end()
-        process.wait()
-        raise NoKernelsError(f"{compiler} took longer than {TIMEOUT_S:.0f} s") from None
+        if process.poll() is None:
+            end()
+            process.wait()
+            raise NoKernelsError(f"{compiler} took longer than {TIMEOUT_S:.0f} s") from None
+        _, complaint = process.communicate()  # it was this process that slept
     finally:
         atexit.unregister(end)
     if process.returncode != 0:
