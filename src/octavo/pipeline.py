@@ -148,7 +148,7 @@ def quantize(
     clock = clock or Clock()
     loaded = _loaded(model)
     the_recipe = load_recipe(recipe)
-    tasks = list(tasks)
+    tasks, layouts = list(tasks), list(layouts)
     batches = None if data is None else as_batches(data, num_passes=2)
     with clock.phase("plan"):
         door = _door(loaded, sample) if sample is not None or batches is None else _door_on(loaded, batches)
@@ -156,7 +156,7 @@ def quantize(
         if require_coverage is not None:
             check_coverage(the_plan, require_coverage)
         _refuse_early(the_plan, batches, layouts, tasks, loaded)
-        _refuse_steps(the_plan, the_recipe, batches)
+        _refuse_steps(the_plan, the_recipe, batches, layouts)
     on_plan(the_plan)
     with clock.phase("evaluate"):
         references = {task.name: task.outputs(loaded) for task in tasks}
@@ -624,8 +624,10 @@ def _take_back(door: Door, error: BaseException) -> None:
         error.add_note(str(refusal))
 
 
-def _refuse_steps(the_plan: Plan, recipe: Recipe, batches: Iterable[Any] | None) -> None:
-    matchers(the_plan, recipe.steps)
+def _refuse_steps(the_plan: Plan, recipe: Recipe, batches: Iterable[Any] | None, layouts: Iterable[str]) -> None:
+    chosen = matchers(the_plan, recipe.steps)
+    for layout in layouts:
+        _refuse(layout, exporter(layout, LAYOUTS).step_problems(the_plan, chosen))
     if batches is None:
         require_data_for(make_algorithms(recipe.steps))
 
@@ -643,12 +645,15 @@ def _calibrate(door: Door, the_plan: Plan, recipe: Recipe, batches: Iterable[Any
 
 def _refuse_misfits(the_plan: Plan, layouts: Iterable[str]) -> None:
     for layout in layouts:
-        problems = exporter(layout, LAYOUTS).problems(the_plan)
-        if problems:
-            folded = fold_problems(problems)
-            shown = "".join(f"\n  {problem}" for problem in folded[:5])
-            more = f"\n  and {len(folded) - 5} more" if len(folded) > 5 else ""
-            raise UserError(f"layout '{layout}' cannot hold this plan:{shown}{more}")
+        _refuse(layout, exporter(layout, LAYOUTS).problems(the_plan))
+
+
+def _refuse(layout: str, problems: Sequence[str]) -> None:
+    if problems:
+        folded = fold_problems(problems)
+        shown = "".join(f"\n  {problem}" for problem in folded[:5])
+        more = f"\n  and {len(folded) - 5} more" if len(folded) > 5 else ""
+        raise UserError(f"layout '{layout}' cannot hold this plan:{shown}{more}")
 
 
 def _skeleton(files: RunFiles, model: nn.Module | None, device: str, trust_remote_code: bool) -> LoadedModel:

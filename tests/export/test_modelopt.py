@@ -30,6 +30,7 @@ from octavo.numerics.snapshot import ActivationScale, LayerSnapshot
 from octavo.readers.compare import compare_weights
 from octavo.spec.facts import Slot
 from octavo.spec.formats import NVFP4, tensor_format
+from octavo.spec.steps import make_step
 
 MODELOPT = EXPORTERS["modelopt"]
 
@@ -426,7 +427,7 @@ def test_extras_without_a_place_are_never_dropped_in_silence(tmp_path: Path) -> 
             {"low_rank": extras["low_rank"]},
             "low-rank branch beside NVFP4 weights and inputs only",
         ),
-        ("nvfp4", "nvfp4", {"input_rotation": 16}, "no place for the rotation of its input, in blocks of 16"),
+        ("nvfp4", "nvfp4", {"input_rotation": 16}, "no place for the rotation of its input"),
     ):
         made = Handmade()
         add_layer(made, "up", (4, 128), fmt, inputs)
@@ -438,6 +439,26 @@ def test_extras_without_a_place_are_never_dropped_in_silence(tmp_path: Path) -> 
     add_extras(made, pre_scale=matrix(4))
     with pytest.raises(UserError, match="'smooth': the layout scales the inputs of quantized weights only"):
         write(made, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("step", "weight", "inputs", "problem"),
+    [
+        ("rotate", "nvfp4", "nvfp4", "step 'rotate': the layout has no place for the rotation of its input"),
+        ("svdquant", "int4-group128", None, "step 'svdquant': the layout has a low-rank branch beside NVFP4 weights"),
+        ("svdquant", "nvfp4", "nvfp4", ""),
+        ("smoothquant", "e4m3-tensor", "e4m3-tensor", ""),  # it may be folded
+    ],
+)
+def test_what_steps_leave_for_sure_is_refused_before_any_work(
+    step: str, weight: str, inputs: str, problem: str
+) -> None:
+    made = Handmade()
+    add_layer(made, "up", (4, 128), weight, inputs)
+    add_layer(made, "other", (4, 128), weight, inputs)
+    found = MODELOPT.step_problems(made.plan, {make_step(step): frozenset({"up"})})
+    assert len(found) == bool(problem)
+    assert all(text.startswith(f"layer 'up': {problem}") for text in found)
 
 
 def test_group_scales_that_overflow_in_fp8_stop_the_export(tmp_path: Path) -> None:

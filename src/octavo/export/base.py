@@ -16,6 +16,7 @@ from octavo.export.modelopt import ModelOptExporter
 from octavo.numerics.snapshot import Agreement, LayerSnapshot, Snapshot
 from octavo.sources import LoadedModel
 from octavo.spec.plan import Plan
+from octavo.spec.steps import Step
 
 
 class Exporter(Protocol):
@@ -28,6 +29,10 @@ class Exporter(Protocol):
 
     def problems(self, plan: Plan) -> list[str]:
         """Why the layout cannot hold what is planned: layer, format, reason, way out. Asked before calibration."""
+        ...
+
+    def step_problems(self, plan: Plan, chosen: Mapping[Step, frozenset[str]]) -> list[str]:
+        """Why the layout cannot hold what steps will leave beside layers; ``chosen`` has the sites of each step."""
         ...
 
     def write(
@@ -66,6 +71,10 @@ class ModelExporter(Protocol):
 
     def problems(self, plan: Plan) -> list[str]:
         """See ``Exporter.problems``."""
+        ...
+
+    def step_problems(self, plan: Plan, chosen: Mapping[Step, frozenset[str]]) -> list[str]:
+        """See ``Exporter.step_problems``."""
         ...
 
     def is_previous(self, directory: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from octavo.export.modelopt_config import hf_quant_config, is_octavo_modelopt, q
 from octavo.export.modelopt_labels import (
     ATTENTION_SLOTS,
     QUANTIZABLE,
+    Extras,
     Label,
     cache_algorithm,
     cache_problem,
+    extras_problem,
     from_decision,
     from_layer,
     label_of,
@@ -30,6 +33,7 @@ from octavo.export.shards import ShardWriter
 from octavo.numerics.snapshot import LayerSnapshot, Snapshot
 from octavo.spec.facts import Slot
 from octavo.spec.plan import Plan
+from octavo.spec.steps import Step
 
 ACTIVATIONS_STEM = "octavo_activations"
 _WAY_OUT = "the run directory holds every format; for this layout choose another recipe or leave the layer out"
@@ -52,6 +56,17 @@ class ModelOptExporter:
             found.append(f"{cache}; {_WAY_OUT}")
         if not any(Slot.WEIGHT in decision.scheme for decision in plan.decisions):
             found.append("no layer of the plan has a quantized weight, so there is nothing to write")
+        return found
+
+    def step_problems(self, plan: Plan, chosen: Mapping[Step, frozenset[str]]) -> list[str]:
+        """Rotations at run time, and low-rank branches under other labels than ``NVFP4``."""
+        found = []
+        for step, sites in chosen.items():
+            extras = Extras(rotates=step.options.leaves == "rotation", rank=int(step.options.leaves == "low_rank"))
+            for decision in plan.decisions:
+                if decision.site.name in sites and decision.site.operation == "linear":
+                    problem = extras_problem(replace(from_decision(decision), extras=extras))
+                    found += [_problem_text(decision.site.name, f"step '{step.name}': {problem}")] if problem else []
         return found
 
     def write(

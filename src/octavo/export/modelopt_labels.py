@@ -50,10 +50,10 @@ class Label:
 
 @dataclass(frozen=True, slots=True)
 class Extras:
-    """What algorithms left beside a layer; a plan knows none of it."""
+    """What algorithms leave beside a layer."""
 
     has_pre_scale: bool = False
-    rotation: int = 0
+    rotates: bool = False
     rank: int = 0
 
 
@@ -81,7 +81,7 @@ def from_layer(layer: LayerSnapshot) -> LayerFormats:
         return LayerFormats(layer.name, layer.operation, (), quantizers)
     quantizers[Slot.WEIGHT] = Rounded(layer.weight.format)
     rank = 0 if layer.low_rank is None else layer.low_rank[0].shape[0]
-    extras = Extras(layer.pre_scale is not None, layer.input_rotation, rank)
+    extras = Extras(layer.pre_scale is not None, layer.input_rotation > 0, rank)
     return LayerFormats(layer.name, layer.operation, layer.weight.shape, quantizers, extras)
 
 
@@ -113,7 +113,23 @@ def layer_problem(layer: LayerFormats) -> str | None:
     label = label_of(layer)
     if label is None:
         return f"the layout has no label for {_describe(layer)}{_hint(layer)}"
-    return _extras_problem(layer, label) or _shape_problem(layer, label)
+    return extras_problem(layer) or _shape_problem(layer, label)
+
+
+def extras_problem(layer: LayerFormats) -> str | None:
+    """Why the layout cannot hold what lies beside a layer that has a label; ``None`` when it can, or has no label."""
+    extras, label = layer.extras, label_of(layer)
+    if extras.rotates:
+        return "the layout has no place for the rotation of its input"
+    if label is None:
+        return None
+    if extras.rank and label.algorithm != "NVFP4_SVD":
+        return f"the layout has a low-rank branch beside NVFP4 weights and inputs only, not under {label.algorithm}"
+    if extras.has_pre_scale and label.algorithm not in PRE_SCALE_LABELS:
+        return f"the layout has no pre_quant_scale under {label.algorithm}, and its input's scale could not be folded"
+    if extras.has_pre_scale and layer.operation != "linear":
+        return f"the layout has a pre_quant_scale for linear layers only, and this is a {layer.operation} layer"
+    return None
 
 
 def cache_algorithm(layers: Iterable[LayerFormats]) -> str | None:
@@ -143,19 +159,6 @@ def cache_problem(layers: Iterable[tuple[LayerFormats, tuple[Slot, ...]]]) -> st
     if formats and left:
         name = next(iter(formats.values()))
         return f"layer {name!r}: engines quantize all caches or none, and {left!r} stays as it is"
-    return None
-
-
-def _extras_problem(layer: LayerFormats, label: Label) -> str | None:
-    extras = layer.extras
-    if extras.rotation:
-        return f"the layout has no place for the rotation of its input, in blocks of {extras.rotation}"
-    if extras.rank and label.algorithm != "NVFP4_SVD":
-        return f"the layout has a low-rank branch beside NVFP4 weights and inputs only, not under {label.algorithm}"
-    if extras.has_pre_scale and label.algorithm not in PRE_SCALE_LABELS:
-        return f"the layout has no pre_quant_scale under {label.algorithm}, and its input's scale could not be folded"
-    if extras.has_pre_scale and layer.operation != "linear":
-        return f"the layout has a pre_quant_scale for linear layers only, and this is a {layer.operation} layer"
     return None
 
 

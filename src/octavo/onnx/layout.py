@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from octavo.sources import LoadedModel
 from octavo.sources.extras import require
 from octavo.sources.graphs import GraphModule
 from octavo.spec.plan import Plan
+from octavo.spec.steps import Step
 
 MANIFEST = "octavo_onnx.json"
 """Lies beside the graphs: which they are, of which recipe and for which target."""
@@ -57,6 +58,10 @@ class OnnxLayout:
     def problems(self, plan: Plan) -> list[str]:
         """What standard operators cannot say of ``plan``, a sentence for each quantizer."""
         return problems_of(plan)
+
+    def step_problems(self, plan: Plan, chosen: Mapping[Step, frozenset[str]]) -> list[str]:
+        """None: what steps leave beside layers becomes nodes like any other."""
+        return []
 
     def is_previous(self, directory: Path) -> bool:
         """Whether ``directory`` holds such files."""

@@ -33,6 +33,8 @@ class Options(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: ClassVar[str] = ""
+    leaves: ClassVar[str] = ""
+    """What stays beside a layer for sure: ``low_rank`` or ``rotation``. Scales of inputs may be folded."""
 
 
 class SmoothQuant(Options):
@@ -87,6 +89,7 @@ class SvdQuant(Options):
     """Puts a low-rank branch in full precision beside a weight (arXiv:2411.05007); later steps round the rest."""
 
     name: ClassVar[str] = "svdquant"
+    leaves: ClassVar[str] = "low_rank"
     rank: int = Field(default=32, ge=1)
     iterations: int = Field(default=2, ge=1)
 
@@ -98,6 +101,7 @@ class Rotate(Options):
     """
 
     name: ClassVar[str] = "rotate"
+    leaves: ClassVar[str] = "rotation"
     block: Annotated[int, Field(ge=2)] | Literal["group", "whole"] = "group"
 
 
