@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import linecache
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,21 @@ def test_a_call_in_a_function_without_source_is_refused_with_the_way_out() -> No
         octavo.quantize(model, recipe("int8"), [x])
     assert torch.equal(model(x), expected)
     octavo.quantize(model, "fp8", [x])
+
+
+def test_a_class_from_a_notebook_cell_is_read_from_there() -> None:
+    source = (
+        "class Cell(Directly):\n"
+        "    def forward(self, x):\n"
+        "        return self.merge(F.scaled_dot_product_attention(*self.heads(x)))\n"
+    )
+    name, space = "<ipython-input-1>", {"Directly": Directly, "F": nn.functional}
+    linecache.cache[name] = len(source), None, source.splitlines(keepends=True), name
+    exec(compile(source, name, "exec"), space)
+    model, x = space["Cell"](), torch.randn(2, 5, 16)
+    expected = model(x)
+    octavo.quantize(model, recipe("int2"), [x])
+    assert not torch.equal(model(x), expected)
 
 
 def test_a_forward_that_is_no_method_is_refused_and_not_silently_passed_over() -> None:

@@ -12,6 +12,7 @@ from torch import nn
 import octavo
 from nn.models import outputs
 from octavo.nn.door import TorchDoor
+from octavo.spec.facts import Slot
 from octavo.spec.recipe import Recipe, load_recipe
 from octavo.spec.resolve import resolve
 
@@ -200,6 +201,29 @@ def test_what_goes_into_a_cache_is_rounded_once(name: str, kernel: str) -> None:
     for quantizer, lengths in seen.items():
         to_encoder = "EncDecAttention" in quantizer
         assert lengths == ([first.shape[1]] if to_encoder else [num_prompt, 1, 1, 1])
+
+
+def test_caches_are_only_there_where_the_sample_uses_one() -> None:
+    model, batch, _ = made("llama", "sdpa")
+    plan = octavo.plan(model, "fp8-kv", sample={"input_ids": batch["input_ids"]})
+    assert sum(Slot.KEY_CACHE in decision.scheme for decision in plan.decisions) == 2
+    plan = octavo.plan(model, "fp8-kv", sample=batch)
+    assert not any(Slot.KEY_CACHE in decision.scheme for decision in plan.decisions)
+
+
+def test_a_rule_for_caches_says_when_the_sample_uses_none() -> None:
+    model, batch, _ = made("llama", "sdpa")
+    with pytest.raises(octavo.UserError, match=r"key_cache.*use_cache"):
+        octavo.plan(model, CACHES, sample=batch)
+
+
+def test_the_plan_says_that_fused_attention_is_written_out_for_its_softmax() -> None:
+    plans = {
+        kernel: octavo.plan(made("llama", kernel)[0], COARSE, sample=made("llama", kernel)[1])
+        for kernel in ("sdpa", "eager")
+    }
+    assert any("2 attention calls" in warning and "written out" in warning for warning in plans["sdpa"].warnings)
+    assert not plans["eager"].warnings
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])

@@ -210,6 +210,20 @@ def test_a_subclass_with_its_own_forward_is_quantized_behind_it() -> None:
     assert type(model.attention) is Doubled
 
 
+def test_probabilities_are_rounded_where_they_are_asked_for_and_where_not() -> None:
+    for need_weights in (True, False):
+        model = Holder(nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)).eval()
+        batch = (*inputs(True), {"need_weights": need_weights})
+        with torch.no_grad():
+            expected = model(*batch)[0]
+            run = octavo.quantize(model, Recipe("p", ()).quantize("attention", softmax="int2-tensor"), sample=batch)
+            assert run.door.quantizer_names() == ["attention.softmax_quantizer"]
+            assert any("written out" in warning for warning in run.plan.warnings)
+            assert not torch.allclose(model(*batch)[0], expected, atol=1e-4)
+            with run.door.disabled(lambda name: True):
+                assert torch.allclose(model(*batch)[0], expected, atol=1e-6)
+
+
 def test_packed_keys_with_the_same_query_tensor_are_rounded_once() -> None:
     model = Holder(nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)).eval()
     x = torch.randn(BATCH, QUERIES, WIDTH)

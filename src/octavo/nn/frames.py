@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from dataclasses import dataclass, replace
 from types import CodeType, FrameType
 from typing import Any
@@ -50,12 +52,12 @@ class Place:
     Args:
         chain: Call expressions from the running module's method.
         layer: A module whose own ``forward`` is on the way although it was not called as a module.
-        locals: Of the attention interface's function, where there is one on the way.
+        inputs: Query and key of the attention interface's function, where there is one on the way.
     """
 
     chain: Chain
     layer: nn.Module | None = None
-    locals: dict[str, Any] | None = None
+    inputs: tuple[Any, Any] | None = None
 
 
 def place_of(frame: FrameType | None, owner: nn.Module, method: str = "") -> Place:
@@ -70,7 +72,7 @@ def place_of(frame: FrameType | None, owner: nn.Module, method: str = "") -> Pla
         frame = frame.f_back
     points: list[CallPoint] = []
     layer: nn.Module | None = None
-    found: dict[str, Any] | None = None
+    inputs: tuple[Any, Any] | None = None
     interface: CodeType | None = None
     cache: CodeType | None = None
     while frame is not None and frame.f_code is not _MODULE_CALL:
@@ -78,7 +80,7 @@ def place_of(frame: FrameType | None, owner: nn.Module, method: str = "") -> Pla
         point = call_point(frame)
         points.append(replace(point, method=method) if not points else point)
         if is_interface(frame, owner):
-            interface, found = code, frame.f_locals
+            interface, inputs = code, (local(frame, "query"), local(frame, "key"))
         elif is_cache_update(frame):
             cache = code
         first = _first_argument(frame)
@@ -89,12 +91,12 @@ def place_of(frame: FrameType | None, owner: nn.Module, method: str = "") -> Pla
         frame = frame.f_back
     chain = _by_function(points[::-1])
     codes = [point.code for point in chain]
-    return Place(Chain(chain, _before(codes, interface), _before(codes, cache)), layer, found)
+    return Place(Chain(chain, _before(codes, interface), _before(codes, cache)), layer, inputs)
 
 
 def is_interface(frame: FrameType, owner: nn.Module) -> bool:
     """Whether ``frame`` runs a function of transformers' attention interface for ``owner``."""
-    return frame.f_code.co_varnames[:4] == _INTERFACE and frame.f_locals.get("module") is owner
+    return frame.f_code.co_varnames[:4] == _INTERFACE and local(frame, "module") is owner
 
 
 def _before(codes: list[CodeType], code: CodeType | None) -> int:
@@ -107,12 +109,21 @@ def is_cache_update(frame: FrameType) -> bool:
     code = frame.f_code
     if code.co_name != "update" or code.co_varnames[:3] != _CACHE_UPDATE:
         return False
-    return any(base.__name__ == "Cache" for base in type(frame.f_locals.get("self")).__mro__)
+    return any(base.__name__ == "Cache" for base in type(local(frame, "self")).__mro__)
 
 
 def _first_argument(frame: FrameType) -> Any:
     code = frame.f_code
-    return frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+    return local(frame, code.co_varnames[0]) if code.co_argcount else None
+
+
+def local(frame: FrameType, name: str) -> Any:
+    """A local variable of a running function, without keeping its other variables alive until it returns."""
+    known = frame.f_locals
+    value = known.get(name)
+    if sys.version_info < (3, 13) and frame.f_code.co_flags & inspect.CO_OPTIMIZED:
+        known.clear()  # before Python 3.13 a copy that the frame keeps
+    return value
 
 
 def _is_forward(module: nn.Module, code: CodeType) -> bool:

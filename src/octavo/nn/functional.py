@@ -146,10 +146,11 @@ class _Makers:
             owner = found.call.owner
             name, prefix = self._name(owner, "attention", owner)
             calls, slots = self._attention_calls(found, prefix)
-            macs = found.macs + sum(
+            macs = (found.macs or found.estimated_macs) + sum(
                 self.seen.products[call].macs for call in (found.scores, found.call) if found.scores and call
             )
-            yield self._site(owner, name, prefix, calls, slots, macs, caches.pop(owner, None))
+            site = self._site(owner, name, prefix, calls, slots, macs, caches.pop(owner, None))
+            yield replace(site, facts=replace(site.facts, fused_call=found.fused_call))
         for owner, call in caches.items():
             name, prefix = self._name(owner, "cache", None)
             yield self._site(owner, name, prefix, [], (), 0, call)

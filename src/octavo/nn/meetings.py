@@ -71,6 +71,8 @@ class Attention:
         scores: The first product, where it is written out.
         softmax: Call and operand that the probabilities are, ``None`` where they are not seen.
         macs: Multiply-adds, of all executions.
+        estimated_macs: Of one execution, from the shapes, for functions that show nothing.
+        fused_call: The function that hides the probabilities, empty where they are seen.
         is_multihead: It is ``F.multi_head_attention_forward``, which computes projections, too.
     """
 
@@ -78,6 +80,8 @@ class Attention:
     scores: Call | None = None
     softmax: tuple[Call, Operand] | None = None
     macs: int = 0
+    estimated_macs: int = 0
+    fused_call: str = ""
     is_multihead: bool = False
 
 
@@ -108,6 +112,9 @@ class Trace:
     order: list[str] = field(default_factory=list)
     read_outside: set[str] = field(default_factory=set)
     uses: dict[str, set[str]] = field(default_factory=dict)
+
+
+FUSED = "F.scaled_dot_product_attention"
 
 
 class CallMode(TorchFunctionMode):
@@ -292,7 +299,7 @@ class CallMode(TorchFunctionMode):
             found = self._interface(call)
         else:
             found = self.result.attention.setdefault(call, Attention(call))
-        found.softmax = call, Operand(-1, "fused")
+        found.softmax, found.fused_call = (call, Operand(-1, "fused")), FUSED
         found.macs += 2 * query.numel() * key.shape[-2]
         self.ledger.note(output, Activation())
 
@@ -332,8 +339,10 @@ class CallMode(TorchFunctionMode):
         if is_interface(frame, owner):
             if (path, code) not in self._interfaces:
                 self._interfaces.add((path, code))
-                call, _ = self._place(frame)
-                self._interface(call)
+                call, place = self._place(frame)
+                if place.inputs is not None and call.chain.interface >= 0:
+                    query, key = place.inputs
+                    self._interface(call).estimated_macs = 2 * query.numel() * key.shape[-2]
         elif path not in self.result.caches:
             call, _ = self._place(frame)
             if call.chain.cache >= 0:

@@ -12,10 +12,11 @@ import __future__
 import ast
 import copy
 import functools
+import inspect
+import linecache
 import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from types import CellType, CodeType, FunctionType
 from typing import Any
 
@@ -32,27 +33,28 @@ class NoSourceError(Exception):
     """A function cannot be compiled again; the text says why."""
 
 
-@lru_cache(maxsize=64)
-def _source_tree(filename: str) -> ast.Module:
-    try:
-        with open(filename, encoding="utf-8") as file:
-            return ast.parse(file.read(), filename)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise NoSourceError(f"the source file {filename} cannot be read ({type(error).__name__})") from error
-
-
+@functools.lru_cache(maxsize=256)
 def definition(code: CodeType) -> ast.FunctionDef:
-    """The function of this code, as its source file has it.
+    """The tree of the function that ``code`` is of, with the lines and columns of its file (or notebook cell).
 
     Raises:
         NoSourceError: it is not there.
     """
-    for node in ast.walk(_source_tree(code.co_filename)):
+    first = code.co_firstlineno
+    lines = linecache.getlines(code.co_filename)[first - 1 :]
+    if not lines:
+        raise NoSourceError(f"the source {code.co_filename} cannot be read")
+    try:
+        block = inspect.getblock(lines)
+        is_indented = block[0][:1].isspace()  # then it needs something around it, and its columns stay
+        tree = ast.parse("if 1:\n" * is_indented + "".join(block), code.co_filename)
+    except SyntaxError as error:
+        raise NoSourceError(f"the source {code.co_filename} cannot be read: {error.msg}") from error
+    ast.increment_lineno(tree, first - 1 - is_indented)
+    for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and node.name == code.co_name:
-            first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
-            if first == code.co_firstlineno:
-                return node
-    raise NoSourceError(f"no definition of {code.co_name} at {code.co_filename}:{code.co_firstlineno}")
+            return node
+    raise NoSourceError(f"no definition of {code.co_name} at {code.co_filename}:{first}")
 
 
 @dataclass(frozen=True, slots=True)

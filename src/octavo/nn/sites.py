@@ -14,6 +14,7 @@ from octavo.errors import UserError
 from octavo.nn.experts import find_experts
 from octavo.nn.functional import ROOT, claimed, functional_sites
 from octavo.nn.layers import has_own_forward, is_sealed, layer_kind, obstacle, original_class
+from octavo.nn.meetings import FUSED
 from octavo.nn.parametrized import sources_of, weight_of
 from octavo.nn.reach import with_reach
 from octavo.nn.recurrent import is_recurrent, recurrent_sites
@@ -193,7 +194,16 @@ def _multihead_sites(
         yield Site(replace(facts, type_name="Linear", base_types=()), holder, key, WeightView(tuple(weight.shape)))
     macs = seen.macs.get(path, 0) if seen else None
     slots = () if reason else _MULTIHEAD_SLOTS
-    facts = make_facts(path or ROOT, "attention", module, parameters, slots=slots, macs=macs, obstacle=reason)
+    facts = make_facts(
+        path or ROOT,
+        "attention",
+        module,
+        parameters,
+        slots=slots,
+        macs=macs,
+        obstacle=reason,
+        fused_call=FUSED,
+    )
     yield Site(facts, path)
 
 

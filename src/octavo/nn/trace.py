@@ -38,6 +38,7 @@ def trace(model: nn.Module, run: Callable[[], Any]) -> Trace:
             cleanup.callback(before.remove)
             cleanup.callback(after.remove)
         cleanup.enter_context(_no_fast_path())
+        cleanup.enter_context(torch.compiler.set_stance("force_eager"))  # what was compiled shows what it does
         cleanup.enter_context(torch.no_grad())
         cleanup.enter_context(_evaluating(model))
         cleanup.enter_context(mode)

@@ -64,6 +64,7 @@ class SiteFacts:
         macs: Multiply-adds seen in the traced forward; ``None`` when no sample was traced.
         tied_to: Name of the site that owns the same parameter, empty for none.
         shares_input_with: Names of sites that read the same tensor.
+        fused_call: The function that computes this attention without showing its probabilities, empty for none.
         obstacle: Why nothing here can be quantized (a subclass with its own forward, ...), empty for none.
         role: Router of experts, or adapter beside a frozen layer; ``None`` for an ordinary site.
         unreached: The part of the model that did not run on the sample and holds this site; empty when it ran.
@@ -81,6 +82,7 @@ class SiteFacts:
     macs: int | None = None
     tied_to: str = ""
     shares_input_with: tuple[str, ...] = ()
+    fused_call: str = ""
     obstacle: str = ""
     unreached: str = ""
     role: Role | None = None

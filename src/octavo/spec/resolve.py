@@ -47,7 +47,7 @@ def resolve(recipe: Recipe, facts: ModelFacts, target: str = "") -> Plan:
     rules = [_bind(recipe, index, facts) for index in range(len(recipe.rules))]
     decisions = tuple(for_target(_decide(site, rules), runtime) for site in facts.sites)
     _refuse_misfits(decisions)
-    warnings = (*_warnings(rules, facts), *_unreached(decisions))
+    warnings = (*_warnings(rules, facts), *_unreached(decisions), *_costs(decisions))
     experts = recipe.calibration.experts if facts.experts else None
     plan = Plan(facts, recipe.name, decisions, target, warnings, experts)
     plan = replace(plan, warnings=(*warnings, *_fused(plan)))
@@ -98,6 +98,8 @@ def _refuse_absent_slots(bound: _BoundRule, sites: Sequence[SiteFacts]) -> None:
     for slot in bound.specs:
         if slot not in there:
             way_out = f"what it may give is {', '.join(s.value for s in there)}" if there else _why_nothing(sites)
+            if slot in (Slot.KEY_CACHE, Slot.VALUE_CACHE):
+                way_out += "; caches are seen where the sample's forward stores keys and values in one (use_cache)"
             raise UserError(
                 f"{bound.origin}: none of the {len(sites)} sites that {' or '.join(map(repr, bound.rule.select))} "
                 f"matches lets a rule give it {slot.value!r}; {way_out}"
@@ -276,6 +278,18 @@ def _fused(plan: Plan) -> list[str]:
     return [
         f"layers that read the same tensor ({some}{more}) share the scale of their weights' scales, "
         "because engines join them"
+    ]
+
+
+def _costs(decisions: Sequence[Decision]) -> list[str]:
+    """What is slower or larger than a user may expect."""
+    written_out = [d.site for d in decisions if d.site.fused_call and Slot.SOFTMAX in d.scheme]
+    if not written_out:
+        return []
+    first = written_out[0]
+    return [
+        f"{len(written_out)} attention calls (such as {first.name!r}) are fused by {first.fused_call}: with a "
+        f"{QUANTIZER_NAMES[Slot.SOFTMAX]} they are written out, which costs time, and memory for all probabilities"
     ]
 
 
