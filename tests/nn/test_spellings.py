@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import octavo
@@ -173,3 +174,45 @@ def test_an_error_in_the_forward_leaves_no_hook_and_no_mode() -> None:
     assert torch._C._len_torch_function_stack() == 0
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert Slot.SOFTMAX in TorchDoor(model, "", torch.randn(2, 5, 8)).facts().sites[0].slots
+
+
+class Doubling(torch.autograd.Function):
+    """Between the module's method and the product stands C++, which no call expression leads through."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor, weight: Tensor) -> Tensor:
+        return 2 * F.linear(x, weight)
+
+
+class ThroughAutograd(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Doubling.apply(x, self.weight)
+
+
+def test_a_quantizer_that_nothing_asks_is_off_and_told() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 8), ThroughAutograd()).eval(), torch.randn(2, 5, 8)
+    recipe = Recipe("w", ()).quantize("*", weight="int8-channel", input="int8-token", output="int8-tensor")
+    run = octavo.quantize(model, recipe, [x, x])
+    assert "1.input_quantizer" not in run.door.quantizer_names()
+    assert "1.weight_quantizer" in run.door.quantizer_names()
+    assert any("1.input_quantizer" in warning and "stays off" in warning for warning in run.record.warnings)
+
+
+def test_a_forward_on_the_instance_is_told_and_not_bypassed_in_silence() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), WAYS["Operator"][0]()), torch.randn(2, 5, 8)
+    for layer in model:
+        layer.forward = layer.forward
+    facts = TorchDoor(model, "", x).facts()
+    assert len(facts.sites) == 2
+    assert all("replaced on the instance" in site.obstacle and not site.slots for site in facts.sites)
+
+
+def test_the_layer_that_holds_a_weight_comes_before_others_that_read_it() -> None:
+    model, ids = made("TiedHead")
+    facts = TorchDoor(model, "", ids).facts()
+    assert {site.name: site.tied_to for site in facts.sites if site.tied_to} == {"(model)#linear0": "embed"}

@@ -71,6 +71,7 @@ class TorchDoor:
         """See ``Door.observe``. The model is in eval mode meanwhile."""
         modes = {q: q.mode for q in surgery.quantizers(self.model)}
         for quantizer in modes:
+            quantizer.was_asked = False
             static = isinstance(quantizer, ActivationQuantizer) and not quantizer.spec.is_dynamic
             quantizer.mode = Mode.OBSERVE if static else Mode.OFF
         try:
@@ -101,7 +102,24 @@ class TorchDoor:
         shared = shared_amaxes(self._fused(weights))
         for quantizer, weight in weights.items():
             quantizer.find_range(weight, shared.get(quantizer))
-        return off
+        return off | self._bypassed(off)
+
+    def _bypassed(self, off: Mapping[str, str]) -> dict[str, str]:
+        """Quantizers that the model's code computes past, seen by what others of their site got; they are off now."""
+        by_site: dict[str, list[Quantizer]] = {}
+        for quantizer in surgery.quantizers(self.model):
+            by_site.setdefault(quantizer.site, []).append(quantizer)
+        found = [
+            quantizer
+            for members in by_site.values()
+            if any(quantizer.was_asked for quantizer in members)
+            for quantizer in members
+            if not quantizer.was_asked and quantizer.name not in off
+        ]
+        for quantizer in found:
+            quantizer.mode = Mode.OFF
+        why = "the model's code computes past it: hand in a counterpart of the module with octavo.register"
+        return {quantizer.name: why for quantizer in found}
 
     def _fused(self, weights: Mapping[WeightQuantizer, torch.Tensor]) -> list[list[Member]]:
         """Groups of weights that engines join."""

@@ -11,7 +11,6 @@ import ast
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import islice
 from types import CodeType
 from typing import Any
@@ -42,12 +41,8 @@ class CallPoint:
 
 def call_point(frame: Any) -> CallPoint:
     """The expression that ``frame`` is executing right now."""
-    return _point(frame.f_code, frame.f_lasti // 2)
-
-
-@lru_cache(maxsize=4096)
-def _point(code: CodeType, instruction: int) -> CallPoint:
-    line, last, column, end = next(islice(code.co_positions(), instruction, None))
+    code = frame.f_code
+    line, last, column, end = next(islice(code.co_positions(), frame.f_lasti // 2, None))
     return CallPoint(code, (line or 0, last or 0, column or 0, end or 0))
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch import nn
 
 from octavo.nn.alternatives import with_alternatives
-from octavo.nn.layers import is_sealed
+from octavo.nn.layers import INSTANCE_FORWARD, has_instance_forward, is_sealed
 from octavo.nn.ledger import Computed, Source
 from octavo.nn.meetings import Attention, Call, Meeting, Trace
 from octavo.nn.products import INSIDE, RESULT, Operand, Role, Roles
@@ -261,6 +261,8 @@ def _reachable(model: nn.Module, site: Site) -> Site:
         except NoSourceError as error:
             what = f"the {site.facts.operation} call in '{path or ROOT}' ({type(module).__name__})"
             return _blocked(site, f"{what} cannot be reached: {error}; hand in a counterpart with octavo.register")
+        if has_instance_forward(module):
+            return _blocked(site, INSTANCE_FORWARD)
     return site
 
 

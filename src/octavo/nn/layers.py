@@ -239,6 +239,17 @@ def has_own_forward(module: nn.Module) -> bool:
     return own.forward is not base.forward or getattr(own, "_conv_forward", 0) is not getattr(base, "_conv_forward", 0)
 
 
+INSTANCE_FORWARD = (
+    "its forward was replaced on the instance, as accelerate's hooks do it, and would bypass the quantizers: "
+    "take that back first (accelerate.hooks.remove_hook_from_submodules)"
+)
+
+
+def has_instance_forward(module: nn.Module) -> bool:
+    """Whether ``module`` computes with a function that its class does not know."""
+    return "forward" in vars(module)
+
+
 def is_sealed(module: nn.Module) -> bool:
     """Whether a counterpart stands for all that ``module`` computes, so that nobody looks inside."""
     if isinstance(module, nn.MultiheadAttention):
@@ -249,6 +260,8 @@ def is_sealed(module: nn.Module) -> bool:
 
 def obstacle(module: nn.Module, kind: LayerKind) -> str:
     """Why ``module`` cannot be quantized although its type is known; empty when it can."""
+    if has_instance_forward(module):
+        return INSTANCE_FORWARD
     if kind.operation in _WITHOUT_PRODUCT or kind in _REGISTERED.values():
         return ""
     if has_own_forward(module):

@@ -41,7 +41,8 @@ class Mode(Enum):
 class Quantizer(nn.Module):
     """Scale, zero point and mode of one quantizer.
 
-    It knows the ``site``, ``slot`` and ``operation`` that it was made for.
+    It knows the ``site``, ``slot`` and ``operation`` that it was made for, and whether a value came by while it did not
+    round (``was_asked``).
 
     Buffers: ``scale`` fp32 and, for asymmetric formats, ``zero_point`` int32, NaN and 0 until calibrated;
     dynamic quantizers have none, weights with scaled scales keep them in ``stored_scale``. Of an activation in a
@@ -60,6 +61,7 @@ class Quantizer(nn.Module):
         self.spec = spec
         self.format_key = format_key(spec.format)
         self.mode = Mode.OFF
+        self.was_asked = False
         stored = scale_shape is not None
         self.register_buffer("scale", torch.full(scale_shape, torch.nan) if scale_shape is not None else None)
         self.register_load_state_dict_post_hook(_round_when_complete)
@@ -100,6 +102,11 @@ class Quantizer(nn.Module):
             if after.dtype != before.dtype:
                 self._buffers[name] = before.to(after.device)
         return self
+
+    def note_asked(self) -> None:
+        """Remember that a value came by while this does not round (``door`` looks for quantizers that nothing asks)."""
+        if not torch.compiler.is_compiling():
+            self.__dict__["was_asked"] = True
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
@@ -158,6 +165,8 @@ class ActivationQuantizer(Quantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` rounded, or as it is while off or observing."""
+        if self.mode is not Mode.QUANTIZE:
+            self.note_asked()
         if self.mode is Mode.OFF:
             return x
         work = self._round if self.mode is Mode.QUANTIZE else self._observe
@@ -251,6 +260,7 @@ class WeightQuantizer(Quantizer):
         if self.override is not None:
             return self.override
         if self.mode is not Mode.QUANTIZE:
+            self.note_asked()
             return weight
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and weight.requires_grad):
             return self._round(weight)

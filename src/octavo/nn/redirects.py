@@ -15,7 +15,7 @@ from octavo.nn.expressions import Position, Redirect
 from octavo.nn.frames import Chain
 from octavo.nn.multihead import functional_multihead
 from octavo.nn.products import INSIDE, RESULT, Operand
-from octavo.nn.rewrite import NoSourceError, Redirected, method_with_code, redirected, replace_inner
+from octavo.nn.rewrite import OWNER, NoSourceError, Redirected, method_with_code, redirected, replace_inner
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,9 +122,10 @@ def _enter(inner: Sequence[Redirected], around: Redirect | None, otherwise: Redi
                 if function not in clones:
                     clones[function] = within.made_from(function)
                 clone = clones[function]
+                named = {**named, OWNER: owner}
                 if around is None:
-                    return clone(owner, *first, *args, **{**named, **kwargs})
-                return around(owner, partial(clone, owner, *first, **named), *args, **kwargs)
+                    return clone(*first, *args, **{**named, **kwargs})
+                return around(owner, partial(clone, *first, **named), *args, **kwargs)
         return callee(*args, **kwargs) if otherwise is None else otherwise(owner, callee, *args, **kwargs)
 
     return enter

@@ -22,7 +22,7 @@ from typing import Any
 
 from octavo.nn.expressions import Position, Redirect, Redirector
 
-_OWNER = "octavo_owner__"
+OWNER = "octavo_owner__"
 _FUTURES = functools.reduce(
     operator.or_, (getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
 )
@@ -91,7 +91,7 @@ def redirected(
     Args:
         code: Of a plain function (a method as its class holds it).
         redirects: Position -> the tensor method that is called there (empty for none), and what is called instead.
-        takes_owner: True adds a first parameter that is handed to the redirects; False hands them the
+        takes_owner: True adds a parameter, the keyword ``OWNER``, that is handed to the redirects; False hands them the
             function's own first parameter (``self``).
         cls: The class for which it is done.
 
@@ -102,7 +102,7 @@ def redirected(
     names = {
         position: (f"octavo_redirect_{k}__", method) for k, (position, (method, _)) in enumerate(redirects.items())
     }
-    owner = _OWNER if takes_owner else code.co_varnames[0]
+    owner = OWNER if takes_owner else code.co_varnames[0]
     first = code.co_varnames[0] if code.co_argcount else ""
     transformer = Redirector(owner, names, first, functools.partial(_inherited, cls, code))
     tree.body = [transformer.visit(statement) for statement in tree.body]
@@ -136,9 +136,9 @@ def _make_bare(tree: ast.FunctionDef, *, takes_owner: bool) -> None:
             argument.annotation = None
     arguments.defaults = [ast.copy_location(ast.Constant(None), d) for d in arguments.defaults]
     arguments.kw_defaults = [d and ast.copy_location(ast.Constant(None), d) for d in arguments.kw_defaults]
-    if takes_owner:
-        first = ast.arg(_OWNER)
-        (arguments.posonlyargs or arguments.args).insert(0, first)
+    if takes_owner:  # behind all others: super() takes the first parameter
+        arguments.kwonlyargs.append(ast.arg(OWNER))
+        arguments.kw_defaults.append(None)
 
 
 def _compile_inside_factory(tree: ast.FunctionDef, code: CodeType, extra: tuple[str, ...]) -> CodeType:

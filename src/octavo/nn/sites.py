@@ -210,14 +210,14 @@ def _multihead_sites(
 def _link_ties(model: nn.Module, sites: list[Site]) -> list[Site]:
     """Sites whose weight another site already holds: they follow it, and count no parameters.
 
-    The owner is the first that can quantize the weight, or the first of all where none can.
+    The owner is the layer that holds the weight and can quantize it, else the first site that can, else the first.
     """
-    owners: dict[int, str] = {}
     linked = []
     by_name = dict(model.named_parameters(remove_duplicate=False))
-    for site in sites:
-        if Slot.WEIGHT in site.facts.slots and site.weight in by_name:
-            owners.setdefault(id(by_name[site.weight]), site.facts.name)
+    owners: dict[int, str] = {}
+    able = [site for site in sites if Slot.WEIGHT in site.facts.slots and site.weight in by_name]
+    for site in sorted(able, key=lambda site: bool(site.calls) or site.weight.rpartition(".")[0] != site.module):
+        owners.setdefault(id(by_name[site.weight]), site.facts.name)
     for site in sites:
         kept, tied_to = {}, ""
         for key, count in site.facts.parameters.items():
@@ -226,6 +226,8 @@ def _link_ties(model: nn.Module, sites: list[Site]) -> list[Site]:
                 kept[key] = count
             elif key == site.facts.weight_name:
                 tied_to = owner
+        if site.facts.operation == "other" and not kept:
+            continue
         size = sum(by_name[key].nbytes for key in kept)
         linked.append(replace(site, facts=replace(site.facts, parameters=kept, parameter_bytes=size, tied_to=tied_to)))
     return linked
