@@ -63,7 +63,9 @@ class _Makers:
             tapped.add((call, other))
 
     def _weight(self, meeting: Meeting, keys: tuple[str, ...], *, is_first: bool) -> Site:
-        call, product, key = meeting.call, meeting.product, keys[0]
+        call, product = meeting.call, meeting.product
+        keys = tuple(self._alias(key, call.owner) for key in keys)
+        key = keys[0]
         holder, _, parameter = key.rpartition(".")
         name, prefix = self._name(call.owner, product.operation, holder if parameter == "weight" else None)
         view, why = self._view(meeting, key)
@@ -102,6 +104,11 @@ class _Makers:
             True,
             meeting.reads,
         )
+
+    def _alias(self, key: str, owner: str) -> str:
+        """The name of a shared parameter in ``owner``, where it has one there."""
+        near = joined(owner, key.rpartition(".")[2])
+        return near if self.parameters.get(near) is self.parameters[key] else key
 
     def _view(self, meeting: Meeting, key: str) -> tuple[WeightView | None, str]:
         """The weight as a matrix, or why it cannot be seen as one."""
