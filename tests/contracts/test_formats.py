@@ -4,14 +4,19 @@ import json
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from octavo.numerics.packing import pack
 from octavo.numerics.qtensor import QTensor, fake_quantize, quantize
 from octavo.numerics.scaling import expand_scale, from_blocks, to_blocks
 from octavo.spec.element import (
     BF16,
+    E2M1,
     E4M3,
     FP16,
     INT4,
@@ -26,6 +31,7 @@ from octavo.spec.tensor_format import (
     PLAIN_FP32,
     PerChannel,
     PerGroup,
+    PerTensor,
     PerTile,
     PerToken,
     Ragged,
@@ -38,6 +44,9 @@ BEYOND = {
     "thirds": TensorFormat(CodebookFormat("thirds", (-1.0, -1 / 3, 0.0, 1 / 3, 1.0)), PerGroup(32), scale=PLAIN_FP32),
     "int8-scales-from": TensorFormat(INT8, PerToken(), scale=PLAIN_FP32, min_scale=1e-3),
     "int4-beyond-top": TensorFormat(INT4, PerGroup(32), scale=PLAIN_FP32, top=7.5),
+    "three levels": TensorFormat(
+        E2M1, PerGroup(8), TensorFormat(E4M3, PerGroup(4), TensorFormat(E4M3, PerTensor(), PLAIN_FP32))
+    ),
     "int8-narrow": scaled(INT8_NARROW, PerChannel(0)),
     "uint4": scaled(UINT4, PerGroup(32), asymmetric=True),
     "int4-padded": TensorFormat(INT4, PerGroup(40), scale=PLAIN_FP32, zero_point=INT4, ragged=Ragged.PAD),
@@ -249,10 +258,46 @@ def test_tokens_and_groups_of_the_whole_row_are_the_same():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@every_format
-def test_a_gpu_gives_the_same_bits(fmt):
-    for name, x in AWKWARD.items():
-        if fits(fmt, x):
-            on_gpu = quantize(x.cuda(), fmt)
-            assert torch.equal(bits(on_gpu.dequantize().cpu()), bits(quantize(x, fmt).dequantize())), name
-            assert torch.equal(bits(fake_quantize(x.cuda(), fmt).cpu()), bits(fake_quantize(x, fmt))), name
+def test_a_gpu_gives_the_same_bits():
+    for name, fmt in EVERY.items():
+        for kind, x in AWKWARD.items():
+            if fits(fmt, x):
+                on_gpu = quantize(x.cuda(), fmt)
+                assert torch.equal(bits(on_gpu.dequantize().cpu()), bits(quantize(x, fmt).dequantize())), (name, kind)
+                assert torch.equal(bits(fake_quantize(x.cuda(), fmt).cpu()), bits(fake_quantize(x, fmt))), (name, kind)
+
+
+ANY_SIZE = arrays(np.float32, (2, 128), elements=st.floats(-(2.0**100), 2.0**100, width=32), fill=st.just(0.0))
+
+
+@given(values=ANY_SIZE)
+@settings(max_examples=12, deadline=None)
+def test_order_is_kept_and_nothing_leaves_the_range(values):
+    """Values that share a scale and are sorted stay sorted, keep their sign, and none exceeds the largest by a step."""
+    for name, fmt in SCALED.items():
+        if fmt.offset is not None or isinstance(fmt.granularity, PerTile | PerChannel):
+            continue
+        x = torch.from_numpy(values.copy())
+        blocks, dims = to_blocks(x, fmt.granularity)
+        if dims == (-1,):
+            x = from_blocks(blocks.sort(-1).values, fmt.granularity, tuple(x.shape))
+        else:
+            x = x.flatten().sort().values.view(x.shape)
+        q = fake_quantize(x, fmt)
+        assert q.isfinite().all(), name
+        rows = to_blocks(q, fmt.granularity)[0] if dims == (-1,) else q.flatten()
+        assert (rows.diff(dim=-1) >= 0).all(), name
+        if not isinstance(fmt.element, CodebookFormat) or 0.0 in fmt.element.values:
+            assert (q * x.sign() >= 0).all(), name
+        assert q.abs().max() <= x.abs().max() * 2.01 + 1e-30, name
+
+
+@given(values=ANY_SIZE)
+@settings(max_examples=12, deadline=None)
+def test_rounding_twice_on_the_same_scales_is_rounding_once(values):
+    x = torch.from_numpy(values.copy())
+    for name, fmt in SCALED.items():
+        if fmt.offset is None:
+            q = quantize(x, fmt)
+            again = quantize(q.dequantize(), fmt, scale=q.scale, zero_point=q.zero_point)
+            assert torch.equal(again.dequantize(), q.dequantize()), name

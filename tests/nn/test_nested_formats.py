@@ -88,6 +88,22 @@ def test_searched_scales_err_less_and_are_what_is_stored(name: str, tmp_path: Pa
     assert octavo.verify(tmp_path / "run", run).agrees
 
 
+def test_scales_of_scales_of_scales(tmp_path: Path) -> None:
+    outer = "{element: e4m3, scale: {element: fp32, scale: null}}"
+    scales = f"{{element: e4m3, granularity: {{kind: group, size: 4}}, scale: {outer}}}"
+    model = made()
+    run = octavo.quantize(
+        model, recipe(f"{{format: {{element: e2m1, granularity: {{kind: group, size: 8}}, scale: {scales}}}}}")
+    )
+    octavo.save(run, tmp_path / "run")
+    assert octavo.verify(tmp_path / "run", run).agrees
+    x = batches()[0]
+    with torch.no_grad():
+        expected = model(x)
+        assert torch.equal(octavo.load(tmp_path / "run", made()).model(x), expected)
+        assert torch.equal(octavo.lower(model)(x), expected)
+
+
 def test_given_scales_are_kept_at_every_level() -> None:
     model = made()
     octavo.quantize(model, recipe("nvfp4"))
