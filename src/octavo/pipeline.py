@@ -30,6 +30,7 @@ from octavo.nn.originals import watched
 from octavo.numerics.arrays import array_of, tensor_of, tensors_in
 from octavo.numerics.door import Door
 from octavo.numerics.snapshot import Agreement, Snapshot
+from octavo.numerics.statistics import Need
 from octavo.onnx.layout import OnnxLayout, open_graph_door, rename_graph
 from octavo.readers.compare import Comparison, Difference, compare_weights
 from octavo.readers.opening import open_checkpoint
@@ -638,8 +639,8 @@ def _calibrate(door: Door, the_plan: Plan, recipe: Recipe, batches: Iterable[Any
     if not steps:
         return calibrate(door, the_plan, batches, track=track)
     wanted = recipe.calibration.inputs
-    rounds = any(not algorithm.preserves_function for _, algorithm in steps)
-    is_quantized = wanted == "quantized" or (wanted == "auto" and rounds)
+    makes_up = any(Need.QUANTIZED in algorithm.needs for _, algorithm in steps)
+    is_quantized = wanted == "quantized" or (wanted == "auto" and makes_up)
     return calibrate_blockwise(door, the_plan, steps, batches, is_quantized=is_quantized, track=track)
 
 

@@ -25,7 +25,7 @@ Tie = Callable[[Tensor], Tensor]
 class AwqAlgorithm:
     """See the module."""
 
-    needs = frozenset({Need.GRAM})
+    needs = frozenset({Need.SAMPLED_GRAM})
 
     def __init__(self, options: Awq) -> None:
         self.options = options

@@ -34,7 +34,9 @@ What an adapter can rely on:
   weight column.
 - A weight that ``fix_weight`` got stays as it is. Nothing may change its input afterwards; steps that scale or rotate
   come first. What no step fixed is rounded to nearest at the end, with the range that the rule's observer finds.
-- ``needs`` are gathered once for all steps of the recipe, before the first one works on the block.
+- ``needs`` are gathered once for all steps of the recipe, before the first one works on the block. ``SAMPLED_GRAM`` is
+  cheaper than ``GRAM``; with ``QUANTIZED`` inputs come through the quantized blocks before (unless the recipe says
+  otherwise), which costs one more forward.
 - The same input gives the same bytes: no random numbers without a seed of their own.
 - A layer that cannot be served (no Gram matrix of a grouped convolution, say) is named in what ``apply`` returns, with
   the reason; it is then rounded to nearest, and the user is told. What must not happen is an error, with its name.

@@ -30,7 +30,7 @@ class GptqAlgorithm:
     def needs(self) -> frozenset[Need]:
         """The Gram matrix, and the cross product for ``asymmetric``."""
         cross = frozenset({Need.CROSS}) if self.options.asymmetric else frozenset()
-        return frozenset({Need.GRAM}) | needs_of(self.options.scales) | cross
+        return frozenset({Need.GRAM, Need.QUANTIZED}) | needs_of(self.options.scales) | cross
 
     def apply(self, block: Block, layers: Sequence[str]) -> dict[str, str]:
         """Fix every weight."""

@@ -26,7 +26,7 @@ _DAMPING = 0.01
 class SvdQuantAlgorithm:
     """See the module."""
 
-    needs = frozenset({Need.GRAM})
+    needs = frozenset({Need.SAMPLED_GRAM})
     preserves_function = True
 
     def __init__(self, options: SvdQuant) -> None:

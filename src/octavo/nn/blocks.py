@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -64,6 +65,7 @@ class TorchBlock:
         keeps_full: The unquantized path is followed, too.
         fused: Names of layers that engines join, group by group.
         experts: Counts the tokens of experts.
+        known_links: Links of blocks that are built alike, which are not looked for again.
     """
 
     def __init__(
@@ -79,8 +81,10 @@ class TorchBlock:
         keeps_full: bool,
         fused: Sequence[Sequence[str]] = (),
         experts: ExpertWatch | None = None,
+        known_links: dict[object, dict[str, Link | None]] | None = None,
     ) -> None:
         self.name = name
+        self._known_links = {} if known_links is None else known_links
         self._experts = experts
         self._fused = fused
         self.feed = feed
@@ -200,7 +204,7 @@ class TorchBlock:
             factors[link.sources] = 1 / scale
             self._refuse_fixed(self._names_of(link.producer.module), "scaled")
             link.producer.multiply(factors)
-            divide_columns(layers, link.followers, 1 / scale)
+            divide_columns(layers, [module for _, module in link.followers], 1 / scale)
             self._has_folded = True
         self._update(group, lambda known: known.divided_by(group.per_column(scale)))
 
@@ -283,7 +287,7 @@ class TorchBlock:
     @torch.no_grad()
     def gather(self, needs: frozenset[Need]) -> None:
         """See ``Block.gather``."""
-        ears = _Ears(self._layers, needs, pairs=Need.CROSS in needs and self._keeps_full)
+        ears = _Ears(self._layers, needs, self.feed.num_batches, pairs=Need.CROSS in needs and self._keeps_full)
         with self._listening(ears), self._modes(self._observing_mode):
             for index in self.inputs():
                 if self._keeps_full:
@@ -443,6 +447,30 @@ class TorchBlock:
     def _find_links(self, by_leader: Mapping[str, Sequence[str]]) -> dict[str, Link | None]:
         if not self.feed.num_batches:
             return {}
+        key = self._likeness(by_leader)
+        if key in self._known_links:
+            return {f"{self._prefix}{name}": self._moved(link) for name, link in self._known_links[key].items()}
+        found = self._tried_links(by_leader)
+        if self._prefix:
+            self._known_links[key] = {name.removeprefix(self._prefix): link for name, link in found.items()}
+        return found
+
+    def _likeness(self, by_leader: Mapping[str, Sequence[str]]) -> object:
+        """Equal for blocks of one class with the same groups of layers of the same shapes."""
+        shapes = tuple((layer.name, layer.quantizer.view.shape) for layer in self._layers.values())
+        names = [(name.removeprefix(self._prefix), shape) for name, shape in shapes]
+        groups = tuple(tuple(name.removeprefix(self._prefix) for name in names) for names in by_leader.values())
+        return type(self._root), tuple(names), groups
+
+    def _moved(self, link: Link | None) -> Link | None:
+        """The link of a block that is built alike, in this one."""
+        if link is None:
+            return None
+        producer = replace(link.producer, module=self._root.get_submodule(link.producer.path))
+        followers = tuple((path, self._root.get_submodule(path)) for path, _ in link.followers)
+        return Link(producer, link.sources, followers)
+
+    def _tried_links(self, by_leader: Mapping[str, Sequence[str]]) -> dict[str, Link | None]:
         modules = {path: module for path, module in self._root.named_modules() if not _is_ours(module)}
         finder = LinkFinder(Trial(self._trial, modules), list(self._layers.values()))
         return {
@@ -463,8 +491,11 @@ class TorchBlock:
 class _Ears:
     """Hears every layer's input, and gathers it once for all layers that read the same tensor."""
 
-    def __init__(self, layers: Mapping[str, BlockLayer], needs: frozenset[Need], *, pairs: bool) -> None:
+    def __init__(
+        self, layers: Mapping[str, BlockLayer], needs: frozenset[Need], num_batches: int, *, pairs: bool
+    ) -> None:
         self.layers = layers
+        self.num_batches = num_batches
         self.needs = needs if pairs else needs - {Need.CROSS}
         self.leader: dict[str, str] = {}
         self.channels: dict[str, int] = {}
@@ -486,7 +517,7 @@ class _Ears:
             return
         full = self._first[name].pop(0) if Need.CROSS in self.needs else None
         try:
-            self.gatherers.setdefault(name, Gatherer(self.needs)).update(rows, full)
+            self.gatherers.setdefault(name, Gatherer(self.needs, self.num_batches)).update(rows, full)
         except NotFiniteError as error:
             raise NotFiniteError(f"layer '{name}': {error}") from error
 

@@ -75,12 +75,12 @@ class Link:
     Args:
         producer: See there.
         sources: ``(num_channels,)`` number among the producer's rows that feeds each channel.
-        followers: Layers that are not quantized and read the same tensor.
+        followers: Paths and modules of layers that are not quantized and read the same tensor.
     """
 
     producer: Producer
     sources: Tensor
-    followers: tuple[nn.Module, ...]
+    followers: tuple[tuple[str, nn.Module], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,15 +168,18 @@ class LinkFinder:
 
     def _confirmed(self, group: Sequence[BlockLayer], link: Link, factors: Tensor) -> Link | None:
         """``link``, if nobody but the readers that it knows has noticed."""
-        with _restored(*(layer.owner for layer in group), *link.followers):
-            divide_columns(group, link.followers, factors[link.sources])
+        followers = [module for _, module in link.followers]
+        with _restored(*(layer.owner for layer in group), *followers):
+            divide_columns(group, followers, factors[link.sources])
             return link if _agree(self._trial.run(())[0], self._reference) else None
 
-    def _followers(self, group: Sequence[BlockLayer]) -> Iterator[nn.Module]:
+    def _followers(self, group: Sequence[BlockLayer]) -> Iterator[tuple[str, nn.Module]]:
         """Layers without a quantizer that read the very tensor that the group reads."""
         read = self._inputs.get(group[0].holder)
         ours = {layer.holder for layer in group}
-        yield from (module for module, x in self._inputs.items() if x is read and module not in ours)
+        for path, module in self._trial.modules.items():
+            if read is not None and self._inputs.get(module) is read and module not in ours:
+                yield path, module
 
 
 def _row_choices(path: str, module: nn.Module, channels: int) -> Iterator[Producer]:

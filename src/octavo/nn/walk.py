@@ -89,6 +89,7 @@ class Walk:
         self._sample: Tree | None = None
         self.structure = self._find_structure()
         self.paths = {full: _Path(len(self.structure.chains)) for full in (False, True)}
+        self._links: dict[object, dict[str, Any]] = {}
         self._own: dict[tuple[int, int, int], KeptTree] = {}  # chain, block, batch
         self._parts = self._divide()
 
@@ -119,6 +120,7 @@ class Walk:
                     keeps_full=self.keeps_full,
                     fused=self._fused,
                     experts=self._experts,
+                    known_links=self._links,
                 )
             elif feed.has_successor:
                 self._pass_through(feed)

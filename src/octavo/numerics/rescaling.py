@@ -19,7 +19,7 @@ from octavo.numerics.qtensor import fake_quantize
 from octavo.spec.element import CodebookFormat, FloatFormat
 from octavo.spec.tensor_format import PerGroup, TensorFormat
 
-_MOST_ROWS = 256  # of a weight: enough to tell factors apart
+_MOST_ROWS = 128  # of a weight: enough to tell factors apart
 _FLOAT_NOISE = 0.144  # mean squared error of rounding to a float, over its square, times 4^(mantissa bits + 1)
 
 
@@ -33,7 +33,7 @@ class Reader:
     @classmethod
     def of(cls, weight: Tensor, fmt: TensorFormat) -> Reader:
         """Evenly spaced rows where there are many."""
-        return cls(weight.float()[:: max(1, weight.shape[0] // _MOST_ROWS)], fmt)
+        return cls(weight.float()[:: -(-weight.shape[0] // _MOST_ROWS)], fmt)
 
 
 @dataclass(frozen=True, slots=True)

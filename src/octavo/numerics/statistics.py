@@ -23,8 +23,12 @@ class Need(Enum):
     MEAN = "mean"  # mean of every channel
     MEAN_SQUARE = "mean_square"  # mean of the squares of every channel
     GRAM = "gram"  # X^T X
+    SAMPLED_GRAM = "sampled_gram"  # the same from some of the rows, where there are far more than channels: cheaper
     CROSS = "cross"  # X_full^T X, where X_full came by the unquantized path and X by the quantized one
     OUTPUTS = "outputs"  # the block's unquantized outputs are kept
+    QUANTIZED = (
+        "quantized"  # inputs come through the quantized blocks before, whose errors the algorithm can make up for
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +41,7 @@ class InputStatistics:
         high: ``(in_features,)`` largest value.
         total: ``(in_features,)`` sum of every channel.
         squares: ``(in_features,)`` sum of the squares of every channel.
-        gram: ``(in_features, in_features)`` sum of ``x^T x``, fp32.
+        gram: ``(in_features, in_features)`` sum of ``x^T x``, fp32; an estimate of it for ``SAMPLED_GRAM``.
         cross: ``(in_features, in_features)`` sum of ``x_full^T x``, fp32; row: channel on the unquantized path.
     """
 
@@ -102,15 +106,22 @@ class InputStatistics:
         return InputStatistics(self.count, total=total, gram=both(self.gram), cross=both(self.cross))
 
 
+_ROWS_PER_CHANNEL = 4  # that a sampled Gram matrix keeps at least
+_LARGEST_STRIDE = 4
+
+
 class Gatherer:
     """Takes in rows, a few at a time, and sums what was asked for. Sums are fp32.
 
     Args:
         needs: What to gather.
+        num_updates: How often rows will come; tells how many a sampled Gram matrix can do without.
     """
 
-    def __init__(self, needs: Iterable[Need]) -> None:
+    def __init__(self, needs: Iterable[Need], num_updates: int = 1) -> None:
         self.needs = frozenset(needs)
+        self.num_updates = num_updates
+        self._stride = 0
         self._parts: dict[str, Tensor] = {}
         self.count = 0
 
@@ -131,8 +142,8 @@ class Gatherer:
         self._extreme("high", high, torch.maximum)
         if Need.MEAN in self.needs:
             self._add("total", rows.sum(0))
-        if Need.GRAM in self.needs:
-            add_gram(self._zeros("gram", rows), rows)
+        if self.needs & {Need.GRAM, Need.SAMPLED_GRAM}:
+            add_gram(self._zeros("gram", rows), rows[:: self._chosen_stride(rows)])
         elif Need.MEAN_SQUARE in self.needs:
             self._add("squares", torch.einsum("ri,ri->i", rows, rows))
         if Need.CROSS in self.needs:
@@ -144,8 +155,15 @@ class Gatherer:
         parts = dict(self._parts)
         gram = parts.get("gram")
         if gram is not None:
-            parts["gram"] = gram.triu() + gram.triu(1).T
+            parts["gram"] = (gram.triu() + gram.triu(1).T) * self._stride
         return InputStatistics(self.count, **parts)
+
+    def _chosen_stride(self, rows: Tensor) -> int:
+        """Every how many rows one is taken; chosen when the first come, so that it is the same in every run."""
+        if not self._stride:
+            spare = rows.shape[0] * self.num_updates // (_ROWS_PER_CHANNEL * rows.shape[1])
+            self._stride = 1 if Need.GRAM in self.needs else max(1, min(spare, _LARGEST_STRIDE))
+        return self._stride
 
     def _extreme(self, name: str, value: Tensor, choose: Callable[[Tensor, Tensor], Tensor]) -> None:
         known = self._parts.get(name)
