@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from octavo.errors import UserError
-from octavo.numerics.arrays import array_of, tensor_of
+from octavo.numerics.arrays import array_of
 from octavo.numerics.door import Walk
-from octavo.numerics.observers import NotFiniteError, Observer, make_observer
-from octavo.numerics.qtensor import QTensor, quantize
-from octavo.numerics.scaling import scale_from_range, search_scale
+from octavo.numerics.observers import Observer
+from octavo.numerics.qtensor import QTensor
 from octavo.numerics.snapshot import LayerSnapshot
 from octavo.numerics.store import Store
+from octavo.onnx.blocks import GraphWalk
+from octavo.onnx.calibration import Calibration, codes_of, observers_of, range_of, update
 from octavo.onnx.graph import GraphSite, facts_of, find_sites, macs_of
 from octavo.onnx.marked import Found, Range, marked, quantizers_of, rounded, simulated
 from octavo.onnx.opening import open_graph
@@ -97,7 +98,7 @@ class OnnxDoor:
             raise UserError("this graph has octavo's quantizers already: take them out first with octavo.strip(model)")
         self._look()
         self._plan = plan
-        self._observers = _observers(plan, self._look()[2])
+        self._observers = observers_of(plan, self._look()[2])
         self._found = Found({}, {}, [name for name, _ in plan.quantizers()])
         self.module.marked = self._marked
         self.module.simulate(self._simulate)
@@ -112,15 +113,12 @@ class OnnxDoor:
         return nullcontext()
 
     def walk(self, batches: Iterable[Any] | None, store: Store, *, is_quantized: bool, keeps_unquantized: bool) -> Walk:
-        """See ``Door.walk``.
-
-        Raises:
-            UserError: always.
-        """
-        raise UserError(
-            "steps change weights block by block, which needs the model in torch: quantize that, and write the graph "
-            "with --layout onnx; or take the steps out of the recipe"
-        )
+        """See ``Door.walk``: consecutive pieces of the graph, whose weights change in memory and not in the file."""
+        assert self._plan is not None
+        model, _, sites = self._look()
+        arrays = [self.module.arrays_of(batch) for batch in batches or ()]
+        calibration = Calibration(model, self._plan, sites, self._settle)
+        return GraphWalk(calibration, arrays, store, is_quantized=is_quantized, keeps=keeps_unquantized)
 
     @contextmanager
     def observe(self) -> Iterator[None]:
@@ -134,7 +132,7 @@ class OnnxDoor:
 
         def look(tensor: str, value: np.ndarray[Any, Any]) -> None:
             for name, observer in tensors[tensor].values():
-                _update(name, observer, value)
+                update(name, observer, value)
 
         self.module.simulate(lambda arrays: segments.run(dict(arrays), look))
         try:
@@ -150,9 +148,9 @@ class OnnxDoor:
         weights: dict[str, QTensor | Tensor] = {}
         for name, spec, site, slot in self._quantizers():
             if slot is Slot.WEIGHT:
-                weights[site.facts.name] = _codes(name, spec, site, model)
+                weights[site.facts.name] = codes_of(name, spec, site, model)
             elif name in self._observers:
-                found = _range(self._observers[name], spec)
+                found = range_of(self._observers[name], spec)
                 if isinstance(found, str):
                     off[name] = found
                 else:
@@ -283,53 +281,10 @@ class OnnxDoor:
         self.module.simulate(None)
         self.module.marked = None
         self._plan, self._found, self._disabled = None, Found({}, {}), frozenset()
+        if self.module.path.name != GRAPH_FILE:  # a run's graph has its weights only here
+            self._known = None  # steps may have changed weights
         self._sessions.clear()
 
 
 def _with_macs(site: GraphSite, macs: int | None) -> GraphSite:
     return replace(site, facts=replace(site.facts, macs=macs))
-
-
-def _observers(plan: Plan, sites: Mapping[str, GraphSite]) -> dict[str, Observer]:
-    """Quantizer -> observer; one for all that read the same tensor in the same format."""
-    shared: dict[tuple[str, QuantizerSpec], Observer] = {}
-    observers = {}
-    for name, spec, site, slot in quantizers_of(plan, sites):
-        if slot is not Slot.WEIGHT and not spec.is_dynamic:
-            key = (str(site.operands[slot].value.name), spec)
-            if key not in shared:
-                shared[key] = make_observer(spec.observer, spec.format)
-            observers[name] = shared[key]
-    return observers
-
-
-def _update(name: str, observer: Observer, value: np.ndarray[Any, Any]) -> None:
-    if not value.size:
-        return
-    try:
-        observer.update(tensor_of(value).float())
-    except NotFiniteError as error:
-        raise NotFiniteError(f"quantizer '{name}': {error}") from error
-
-
-def _range(observer: Observer, spec: QuantizerSpec) -> Range | str:
-    """Scale and zero point, or why there is none."""
-    if observer.count == 0:
-        return "saw no calibration data"
-    low, high = observer.range()
-    if float(low) == 0.0 and float(high) == 0.0:
-        return "every value in the calibration data was 0"
-    return scale_from_range(low, high, spec.format)
-
-
-@torch.no_grad()
-def _codes(name: str, spec: QuantizerSpec, site: GraphSite, model: ir.Model) -> QTensor:
-    """A weight's codes, its range found by the plan's observer."""
-    assert site.view is not None
-    data = model.graph.initializers[site.facts.weight_name].const_value
-    assert data is not None
-    matrix = site.view.to_matrix(tensor_of(data.numpy())).float().contiguous()
-    if not bool(torch.isfinite(matrix).all()):
-        raise NotFiniteError(f"quantizer '{name}': the weight holds NaN or inf; the file is damaged")
-    scale = search_scale(matrix, spec.format) if spec.observer.name == "mse" else None
-    return quantize(matrix, spec.format, scale=scale)

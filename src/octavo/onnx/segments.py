@@ -41,7 +41,7 @@ class Segments:
 
     def _cut(self, model: ir.Model, nodes: list[ir.Node], bounds: list[int]) -> Iterator[_Piece]:
         starts = [0, *bounds[:-1]]
-        needed = [_reads(nodes[a:b]) for a, b in zip(starts, bounds, strict=True)]
+        needed = [reads(nodes[a:b]) for a, b in zip(starts, bounds, strict=True)]
         made: dict[str, int] = {str(value.name): -1 for value in model.graph.inputs}
         for index, (a, b) in enumerate(zip(starts, bounds, strict=True)):
             made |= {str(v.name): index for node in nodes[a:b] for v in node.outputs if v.name}
@@ -87,7 +87,7 @@ def _cuts(nodes: list[ir.Node], observed: Collection[str]) -> Iterator[int]:
     yield len(nodes)
 
 
-def _reads(nodes: list[ir.Node]) -> list[str]:
+def reads(nodes: list[ir.Node]) -> list[str]:
     """Everything that nodes read, sub-graphs included, that is not an initializer."""
     names: dict[str, None] = {}
     for node in nodes:

@@ -133,6 +133,17 @@ class GraphModule(nn.Module):
             arrays[value.name] = array_of(tensor if dtype is None else tensor.to(dtype))
         return arrays
 
+    def arrays_of(self, batch: Any) -> dict[str, np.ndarray[Any, Any]]:
+        """``arrays`` of a tensor, a tuple or a dict."""
+        match batch:
+            case Tensor():
+                return self.arrays(batch)
+            case Mapping():
+                return self.arrays(**batch)
+            case tuple() | list():
+                return self.arrays(*batch)
+        raise UserError(f"a batch is a tensor, a tuple of arguments or a dict of them, not a {type(batch).__name__}")
+
     def forward(self, *args: Tensor, **kwargs: Tensor) -> dict[str, Tensor]:
         """The graph's outputs by name."""
         arrays = self.arrays(*args, **kwargs)

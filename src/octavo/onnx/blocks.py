@@ -1,0 +1,390 @@
+"""Blocks of a graph: consecutive pieces of it, as algorithms see them.
+
+A piece ends in front of a norm, so that a norm and the layers that read it lie in one piece and a scale of their input
+can be folded into it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from octavo.errors import UserError
+from octavo.numerics.arrays import array_of, tensor_of
+from octavo.numerics.door import Fold, InputGroup
+from octavo.numerics.observers import NotFiniteError
+from octavo.numerics.qtensor import QTensor
+from octavo.numerics.statistics import Gatherer, InputStatistics, Need
+from octavo.numerics.store import Store
+from octavo.onnx.calibration import Calibration
+from octavo.onnx.fake_quantize import operand
+from octavo.onnx.graph import GraphSite
+from octavo.onnx.segments import reads
+from octavo.onnx.sessions import session_of
+from octavo.spec.facts import Slot
+from octavo.spec.plan import QuantizerSpec
+
+MOST_LAYERS = 6
+"""Layers with a weight in one piece, before it ends at the next norm."""
+_NORM = "LayerNormalization"
+Arrays = dict[str, np.ndarray[Any, Any]]
+Entry = tuple[tuple[str, ...], int]
+"""Arrays that wait in the store: their names, and the store's number."""
+
+
+@dataclass(slots=True)
+class Piece:
+    """Consecutive nodes.
+
+    Args:
+        name: For messages.
+        nodes: In their order.
+        inputs: Tensors from before.
+        outputs: Tensors that something behind needs.
+    """
+
+    name: str
+    nodes: list[ir.Node]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+def pieces_of(model: ir.Model, sites: Iterable[GraphSite]) -> list[Piece]:
+    """``model`` in pieces of some layers each."""
+    products = {site.product.name for site in sites if site.product is not None and Slot.WEIGHT in site.operands}
+    groups: list[list[ir.Node]] = [[]]
+    count = 0
+    for node in model.graph:
+        if count >= MOST_LAYERS and node.op_type == _NORM:
+            groups.append([])
+            count = 0
+        groups[-1].append(node)
+        count += node.name in products
+    made = {str(value.name): -1 for value in model.graph.inputs}
+    made |= {str(v.name): i for i, nodes in enumerate(groups) for node in nodes for v in node.outputs if v.name}
+    needed = [reads(nodes) for nodes in groups]
+    last = {name: index for index, names in enumerate(needed) for name in names}
+    last |= dict.fromkeys((str(value.name) for value in model.graph.outputs), len(groups))
+    found = []
+    for index, nodes in enumerate(groups):
+        live = [name for name, at in made.items() if at < index and last.get(name, -1) >= index]
+        outputs = [name for name, at in made.items() if at <= index and last.get(name, -1) > index]
+        found.append(Piece(f"piece {index + 1} of {len(groups)}", nodes, tuple(live), tuple(outputs)))
+    return found
+
+
+class GraphWalk:
+    """``numerics.door.Walk`` for a graph.
+
+    Args:
+        calibration: The door's model, plan and what is found, which blocks add to.
+        batches: As arrays.
+        store: Where tensors between pieces wait.
+        is_quantized: A piece is fed what simulated pieces give.
+        keeps_unquantized: The unquantized path is followed, too.
+    """
+
+    def __init__(
+        self, calibration: Calibration, batches: Sequence[Arrays], store: Store, *, is_quantized: bool, keeps: bool
+    ) -> None:
+        self.calibration = calibration
+        self.store = store
+        self.is_quantized = is_quantized
+        self.keeps = keeps
+        self.num_batches = len(batches)
+        self.pieces = pieces_of(calibration.model, calibration.sites.values())
+        self.live = [self.keep(batch) for batch in batches]
+        self.full = [self.keep(batch) for batch in batches] if keeps else []
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+    def __iter__(self) -> Iterator[GraphBlock]:
+        return (GraphBlock(self, piece) for piece in self.pieces)
+
+    def keep(self, arrays: Arrays) -> Entry:
+        """Let arrays wait."""
+        return tuple(arrays), self.store.put([tensor_of(value) for value in arrays.values()])
+
+    def get(self, entry: Entry) -> Arrays:
+        """What waits."""
+        names, key = entry
+        return {name: array_of(value) for name, value in zip(names, self.store.get(key), strict=True)}
+
+    def replace(self, entries: list[Entry], index: int, arrays: Arrays) -> None:
+        """Something else waits from now on."""
+        self.store.drop(entries[index][1])
+        entries[index] = self.keep(arrays)
+
+
+class GraphBlock:
+    """``numerics.door.Block`` for one piece."""
+
+    def __init__(self, walk: GraphWalk, piece: Piece) -> None:
+        self.walk = walk
+        self.piece = piece
+        self.name = piece.name
+        self.calibration = walk.calibration
+        inside = {node.name for node in piece.nodes}
+        self._sites = {
+            name: site
+            for name, site in self.calibration.sites.items()
+            if site.product is not None and site.product.name in inside
+        }
+        self._layers = [n for n in self._sites if self.calibration.weight_spec(n) is not None]
+        self._statistics: dict[str, InputStatistics] = {}
+        self._reference: list[Tensor] = []
+        self._targets: list[Entry] = []
+        self._next: list[Entry] = []
+        self._has_folded = False
+
+    # What an algorithm reads
+
+    def layers(self) -> Sequence[str]:
+        """See ``Block.layers``."""
+        return self._layers
+
+    def read_weight(self, layer: str) -> Tensor:
+        """See ``Block.read_weight``."""
+        return self.calibration.read_weight(layer)
+
+    def read_bias(self, layer: str) -> Tensor | None:
+        """See ``Block.read_bias``: of Gemm and Conv; the sum behind a MatMul is a node of its own."""
+        node = self._sites[layer].product
+        bias = operand(node, 2) if node is not None and node.op_type in ("Gemm", "Conv") else None
+        return None if bias is None else tensor_of(bias)
+
+    def weight_spec(self, layer: str) -> QuantizerSpec:
+        """See ``Block.weight_spec``."""
+        spec = self.calibration.weight_spec(layer)
+        assert spec is not None
+        return spec
+
+    def input_spec(self, layer: str) -> QuantizerSpec | None:
+        """See ``Block.input_spec``."""
+        return self.calibration.spec(layer, Slot.INPUT)
+
+    def takes_low_rank(self, layer: str) -> bool:
+        """See ``Block.takes_low_rank``: a graph gets no branches."""
+        return False
+
+    def groups(self) -> Sequence[InputGroup]:
+        """See ``Block.groups``."""
+        by_tensor: dict[str, list[str]] = {}
+        for name in self._layers:
+            slot = Slot.INPUT if Slot.INPUT in self._sites[name].operands else Slot.WEIGHT
+            tensor = str(self._sites[name].operands[slot].value.name) if slot is Slot.INPUT else name
+            by_tensor.setdefault(tensor, []).append(name)
+        return [self._group(tuple(names)) for names in by_tensor.values()]
+
+    def _group(self, names: tuple[str, ...]) -> InputGroup:
+        width = self._sites[names[0]].facts.weight_shape[1]
+        norm = self._norm(names)
+        fold = None if norm is None else Fold(str(norm.name), torch.arange(width))
+        return InputGroup(names, width, fold, None, takes_scale=norm is not None)
+
+    def _norm(self, names: tuple[str, ...]) -> ir.Node | None:
+        """The norm of this piece that only these layers read, with constants that can be scaled."""
+        sites = [self._sites[name] for name in names]
+        if any(site.facts.operation != "linear" for site in sites):
+            return None
+        value = sites[0].operands[Slot.INPUT].value
+        norm = value.producer()
+        readers = {site.product.name for site in sites if site.product is not None}
+        if norm is None or norm.op_type != _NORM or norm not in self.piece.nodes or value.is_graph_output():
+            return None
+        alone = {user.name for user in value.consumers()} <= readers
+        return norm if alone and all(v is None or v.is_initializer() for v in norm.inputs[1:]) else None
+
+    def statistics(self, layer: str) -> InputStatistics:
+        """See ``Block.statistics``."""
+        return self._statistics.get(layer, InputStatistics(0))
+
+    # What an algorithm changes
+
+    def write_weight(self, layer: str, value: Tensor) -> None:
+        """See ``Block.write_weight``."""
+        self.calibration.write_weight(layer, value)
+
+    def write_bias(self, layer: str, value: Tensor) -> None:
+        """See ``Block.write_bias``."""
+        node = self._sites[layer].product
+        assert node is not None
+        assert node.inputs[2] is not None
+        self.calibration.write(str(node.inputs[2].name), value)
+
+    def fix_weight(self, layer: str, value: QTensor) -> None:
+        """See ``Block.fix_weight``."""
+        self.calibration.weights[layer] = value
+
+    def fixed_outer(self, layer: str) -> Tensor | None:
+        """See ``Block.fixed_outer``."""
+        weight = self.calibration.weights.get(layer)
+        scales = weight.scale if isinstance(weight, QTensor) else None
+        return scales.scale if isinstance(scales, QTensor) and isinstance(scales.scale, Tensor) else None
+
+    def set_pre_scale(self, group: InputGroup, scale: Tensor) -> None:
+        """See ``Block.set_pre_scale``: into the norm."""
+        norm = self._norm(group.layers)
+        if norm is None or any(name in self.calibration.weights for name in group.layers):
+            raise UserError(
+                f"layer '{group.layers[0]}': its input cannot be scaled here, or its weight is fixed already"
+            )
+        for value in norm.inputs[1:]:
+            if value is not None and value.const_value is not None:
+                self.calibration.write(str(value.name), tensor_of(value.const_value.numpy()) / scale)
+        for name in group.layers:
+            self.write_weight(name, self.read_weight(name) * scale)
+            if name in self._statistics:
+                self._statistics[name] = self._statistics[name].divided_by(scale)
+        self._has_folded = True
+
+    def set_input_rotation(self, group: InputGroup, block_size: int) -> None:
+        """See ``Block.set_input_rotation``; a graph gets no rotations."""
+        raise UserError(
+            f"layer '{group.layers[0]}': inputs of a graph's layers are not rotated: quantize the torch model"
+        )
+
+    def set_low_rank(self, layer: str, a: Tensor, b: Tensor) -> None:
+        """See ``Block.set_low_rank``; a graph gets no branches."""
+        raise UserError(f"layer '{layer}': a graph gets no low-rank branches: quantize the torch model")
+
+    # Runs
+
+    def inputs(self) -> Iterable[int]:
+        """See ``Block.inputs``."""
+        return range(self.walk.num_batches)
+
+    def targets(self) -> Iterator[Sequence[Tensor]]:
+        """See ``Block.targets``."""
+        for entry in self._targets:
+            yield _floats(self.walk.get(entry))
+
+    def run(self, inputs: int, weights: Mapping[str, Tensor] | None = None) -> Sequence[Tensor]:
+        """See ``Block.run``; onnxruntime has no gradients and no weights for one call."""
+        if weights:
+            raise UserError(f"block '{self.name}': steps that learn by gradients need the model in torch, not a graph")
+        return _floats(self._float(self.walk.get(self.walk.live[inputs])))
+
+    def probe(self) -> Sequence[Tensor]:
+        """See ``Block.probe``."""
+        return self.run(0) if self.walk.num_batches else ()
+
+    def _float(self, fed: Arrays, extra: Sequence[str] = ()) -> Arrays:
+        """The piece in full precision, with some tensors inside."""
+        return _run(self.calibration.model, self.piece, fed, extra)
+
+    def gather(self, needs: frozenset[Need]) -> None:
+        """See ``Block.gather``."""
+        read = {n: str(self._sites[n].operands[Slot.INPUT].value.name) for n in self._layers if self._is_linear(n)}
+        gatherers = {name: Gatherer(needs) for name in dict.fromkeys(read.values())}
+        wanted = list(dict.fromkeys([*gatherers, *self._observed()]))
+        session = _Session(self.calibration.model, self.piece, wanted)
+        for index in self.inputs():
+            full = self.walk.get(self.walk.full[index]) if self.walk.keeps else None
+            other = None if full is None else session.run(full)
+            found = session.run(self.walk.get(self.walk.live[index]))
+            self._look(found)
+            for name, gatherer in gatherers.items():
+                rows = None if other is None else _rows(other[name])
+                self._take(gatherer, name, _rows(found[name]), rows)
+            if index == 0:
+                self._reference = _floats({name: found[name] for name in self.piece.outputs if name in found})
+            if Need.OUTPUTS in needs:
+                self._targets.append(self.walk.keep({n: found[n] for n in self.piece.outputs}))
+            if not self.walk.is_quantized:
+                self._next.append(self.walk.keep({n: found[n] for n in self.piece.outputs}))
+            if other is not None:
+                self.walk.replace(self.walk.full, index, {n: other[n] for n in self.piece.outputs})
+        known = {name: gatherer.statistics() for name, gatherer in gatherers.items()}
+        self._statistics = {layer: known[tensor] for layer, tensor in read.items()}
+
+    def _take(self, gatherer: Gatherer, name: str, rows: Tensor, full: Tensor | None) -> None:
+        try:
+            gatherer.update(rows, full)
+        except NotFiniteError as error:
+            raise NotFiniteError(f"tensor '{name}': {error}") from error
+
+    def _is_linear(self, layer: str) -> bool:
+        return self._sites[layer].facts.operation == "linear"
+
+    def _observed(self) -> list[str]:
+        return self.calibration.observed_in(self._sites)
+
+    def _look(self, found: Arrays) -> None:
+        self.calibration.look(self._sites, found)
+
+    def settle(self) -> Mapping[str, str]:
+        """See ``Block.settle``."""
+        if self._has_folded:
+            self.calibration.forget(self._sites)
+            session = _Session(self.calibration.model, self.piece, self._observed())
+            for index in self.inputs():
+                self._look(session.run(self.walk.get(self.walk.live[index])))
+        return self.calibration.settle(self._sites)
+
+    def advance(self) -> float | None:
+        """See ``Block.advance``."""
+        error = None
+        if self.walk.num_batches and self.walk.is_quantized:
+            session = _Session(self.calibration.simulated(self._sites), self.piece, ())
+            for index in self.inputs():
+                found = session.run(self.walk.get(self.walk.live[index]))
+                if index == 0:
+                    error = _relative_error(_floats(found), self._reference)
+                self.walk.replace(self.walk.live, index, found)
+        for index, entry in enumerate(self._next):
+            self.walk.store.drop(self.walk.live[index][1])
+            self.walk.live[index] = entry
+        for entry in self._targets:
+            self.walk.store.drop(entry[1])
+        self._targets, self._reference, self._statistics = [], [], {}
+        return error
+
+
+class _Session:
+    """One piece of a model, ready to run; what passes through untouched is passed on."""
+
+    def __init__(self, model: ir.Model, piece: Piece, extra: Sequence[str]) -> None:
+        values = {str(value.name) for node in piece.nodes for value in node.outputs}
+        self.wanted = list(dict.fromkeys([*piece.outputs, *extra]))
+        self.made = [name for name in self.wanted if name in values]
+        self.session = None
+        if self.made:
+            graph = ir.convenience.extract(model.graph, list(piece.inputs), self.made)
+            self.session = session_of(
+                ir.Model(graph, ir_version=model.ir_version, functions=list(model.functions.values()))
+            )
+
+    def run(self, fed: Arrays) -> Arrays:
+        """Everything wanted, by name."""
+        found = dict(fed)
+        if self.session is not None:
+            given = {value.name: fed[value.name] for value in self.session.get_inputs()}
+            found |= dict(zip(self.made, self.session.run(self.made, given), strict=True))
+        return {name: found[name] for name in self.wanted}
+
+
+def _run(model: ir.Model, piece: Piece, fed: Arrays, extra: Sequence[str]) -> Arrays:
+    return _Session(model, piece, extra).run(fed)
+
+
+def _rows(value: np.ndarray[Any, Any]) -> Tensor:
+    return tensor_of(value).flatten(0, -2)
+
+
+def _floats(arrays: Arrays) -> list[Tensor]:
+    return [tensor for tensor in map(tensor_of, arrays.values()) if tensor.is_floating_point()]
+
+
+def _relative_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float | None:
+    size = sum(float(value.double().square().sum()) for value in expected)
+    if not size:
+        return None
+    return sum(float((a.double() - b.double()).square().sum()) for a, b in zip(found, expected, strict=True)) / size

@@ -1,0 +1,177 @@
+"""What calibration finds of a graph: observers and what becomes of them, and weights while steps change them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from octavo.numerics.arrays import array_of, tensor_of
+from octavo.numerics.observers import NotFiniteError, Observer, make_observer
+from octavo.numerics.qtensor import QTensor, quantize
+from octavo.numerics.scaling import scale_from_range, search_scale
+from octavo.onnx.graph import GraphSite
+from octavo.onnx.marked import Found, Range, quantizers_of, simulated
+from octavo.spec.facts import Slot
+from octavo.spec.plan import Plan, QuantizerSpec
+from octavo.spec.select import quantizer_name
+
+Sites = Mapping[str, GraphSite]
+
+
+class Calibration:
+    """A graph while blocks are calibrated one after the other.
+
+    Args:
+        model: The graph; its initializers change where steps write.
+        plan: What it was prepared with.
+        sites: Site name -> site.
+        publish: Told what is found whenever a block is settled.
+    """
+
+    def __init__(self, model: ir.Model, plan: Plan, sites: Sites, publish: Callable[[Found], None]) -> None:
+        self.model = model
+        self.sites = sites
+        self.weights: dict[str, QTensor | Tensor] = {}
+        self._plan = plan
+        self._publish = publish
+        self._specs = {decision.site.name: decision.scheme for decision in plan.decisions}
+        self._quantizers = quantizers_of(plan, sites)
+        self._observers = observers_of(plan, sites)
+        self._ranges: dict[str, Range] = {}
+        self._off = {name for name, _, _, _ in self._quantizers}
+
+    def spec(self, layer: str, slot: Slot) -> QuantizerSpec | None:
+        """What the plan gives a slot."""
+        return self._specs.get(layer, {}).get(slot)
+
+    def weight_spec(self, layer: str) -> QuantizerSpec | None:
+        """What the plan gives a weight."""
+        return self.spec(layer, Slot.WEIGHT)
+
+    def read_weight(self, layer: str) -> Tensor:
+        """``(out_features, in_features)``, as it is now."""
+        return matrix_of(self.sites[layer], self.model)
+
+    def write_weight(self, layer: str, value: Tensor) -> None:
+        """Replace a weight by a matrix."""
+        view = self.sites[layer].view
+        assert view is not None
+        self.write(self.sites[layer].facts.weight_name, view.to_parameter(value))
+
+    def write(self, name: str, value: Tensor) -> None:
+        """Replace an initializer; its type stays."""
+        initializer = self.model.graph.initializers[name]
+        assert initializer.const_value is not None
+        array = np.ascontiguousarray(array_of(value)).astype(initializer.const_value.numpy().dtype)
+        initializer.const_value = ir.Tensor(array, name=name)
+
+    def observed_in(self, sites: Iterable[str]) -> list[str]:
+        """Tensors that quantizers of these sites look at."""
+        return [str(site.operands[slot].value.name) for _, site, slot in self._static(sites)]
+
+    def look(self, sites: Iterable[str], found: Mapping[str, np.ndarray[Any, Any]]) -> None:
+        """Let their observers look; one that is shared looks once."""
+        seen: set[int] = set()
+        for name, site, slot in self._static(sites):
+            observer = self._observers[name]
+            if id(observer) not in seen:
+                seen.add(id(observer))
+                update(name, observer, found[str(site.operands[slot].value.name)])
+
+    def forget(self, sites: Iterable[str]) -> None:
+        """New observers for quantizers of these sites: what they saw has changed."""
+        fresh = observers_of(self._plan, self.sites)
+        self._observers |= {name: fresh[name] for name, _, _ in self._static(sites)}
+
+    def settle(self, sites: Iterable[str]) -> dict[str, str]:
+        """Ranges and codes of these sites.
+
+        Returns:
+            Quantizer name -> why it stays off.
+        """
+        off: dict[str, str] = {}
+        inside = set(sites)
+        for name, spec, site, slot in self._quantizers:
+            if site.facts.name not in inside:
+                continue
+            if slot is Slot.WEIGHT:
+                self.weights.setdefault(site.facts.name, codes_of(name, spec, site, self.model))
+            elif name in self._observers:
+                found = range_of(self._observers[name], spec)
+                if isinstance(found, str):
+                    off[name] = found
+                    continue
+                self._ranges[name] = found
+            self._off.discard(name)
+        self._publish(Found(dict(self._ranges), dict(self.weights), tuple(self._off)))
+        return off
+
+    def simulated(self, sites: Iterable[str]) -> ir.Model:
+        """The graph with the quantizers of these sites, which are settled."""
+        own = {quantizer_name(name, slot) for name in sites for slot in self._specs.get(name, {})}
+        off = {name for name, _, _, _ in self._quantizers if name not in own or name in self._off}
+        return simulated(self.model, self._plan, self.sites, Found(self._ranges, self.weights, off))
+
+    def _static(self, sites: Iterable[str]) -> list[tuple[str, GraphSite, Slot]]:
+        inside = set(sites)
+        return [
+            (name, site, slot)
+            for name, _, site, slot in self._quantizers
+            if name in self._observers and site.facts.name in inside
+        ]
+
+
+def matrix_of(site: GraphSite, model: ir.Model) -> Tensor:
+    """A weight as ``(out_features, in_features)``, fp32."""
+    assert site.view is not None
+    data = model.graph.initializers[site.facts.weight_name].const_value
+    assert data is not None
+    return site.view.to_matrix(tensor_of(data.numpy())).float().contiguous()
+
+
+def observers_of(plan: Plan, sites: Mapping[str, GraphSite]) -> dict[str, Observer]:
+    """Quantizer -> observer; one for all that read the same tensor in the same format."""
+    shared: dict[tuple[str, QuantizerSpec], Observer] = {}
+    observers = {}
+    for name, spec, site, slot in quantizers_of(plan, sites):
+        if slot is not Slot.WEIGHT and not spec.is_dynamic:
+            key = (str(site.operands[slot].value.name), spec)
+            if key not in shared:
+                shared[key] = make_observer(spec.observer, spec.format)
+            observers[name] = shared[key]
+    return observers
+
+
+def update(name: str, observer: Observer, value: np.ndarray[Any, Any]) -> None:
+    """Let an observer look; what it refuses is said with the quantizer's name."""
+    if not value.size:
+        return
+    try:
+        observer.update(tensor_of(value).float())
+    except NotFiniteError as error:
+        raise NotFiniteError(f"quantizer '{name}': {error}") from error
+
+
+def range_of(observer: Observer, spec: QuantizerSpec) -> Range | str:
+    """Scale and zero point, or why there is none."""
+    if observer.count == 0:
+        return "saw no calibration data"
+    low, high = observer.range()
+    if float(low) == 0.0 and float(high) == 0.0:
+        return "every value in the calibration data was 0"
+    return scale_from_range(low, high, spec.format)
+
+
+@torch.no_grad()
+def codes_of(name: str, spec: QuantizerSpec, site: GraphSite, model: ir.Model) -> QTensor:
+    """A weight's codes, its range found by the plan's observer."""
+    matrix = matrix_of(site, model)
+    if not bool(torch.isfinite(matrix).all()):
+        raise NotFiniteError(f"quantizer '{name}': the weight holds NaN or inf; the file is damaged")
+    scale = search_scale(matrix, spec.format) if spec.observer.name == "mse" else None
+    return quantize(matrix, spec.format, scale=scale)

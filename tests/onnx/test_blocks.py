@@ -1,0 +1,112 @@
+"""Steps of a recipe on a graph: the same algorithms, fed by onnxruntime, block by block."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from torch import Tensor
+
+from hand_made_graphs import add, empty, finish, initializer
+from octavo import pipeline
+from octavo.numerics.statistics import Need
+from octavo.numerics.store import Store
+from octavo.onnx.blocks import GraphBlock
+from octavo.sources import LoadedModel, open_model
+from octavo.spec.facts import Slot
+from octavo.spec.recipe import read_recipe
+from octavo.spec.resolve import resolve
+
+WIDTH = 64
+
+
+def graph(path: Path, num_layers: int = 3) -> Path:
+    """Norm, two products with a ReLU between them, and a residual sum; some of its channels 50 times as large."""
+    rng = np.random.default_rng(0)
+    model = empty(("x", ["n", WIDTH]))
+    g, value = model.graph, model.graph.inputs[0]
+    for index in range(num_layers):
+        gamma = np.ones(WIDTH, np.float32)
+        gamma[:: WIDTH // 4] = 50.0
+        scale, shift = initializer(g, f"{index}.norm.weight", gamma), initializer(g, f"{index}.norm.bias", 0 * gamma)
+        normed = add(g, "LayerNormalization", value, scale, shift, axis=-1)
+        up = (rng.standard_normal((WIDTH, 128)) / 8 / gamma[:, None]).astype(np.float32)
+        down = (rng.standard_normal((128, WIDTH)) / 12).astype(np.float32)
+        hidden = add(g, "Relu", add(g, "MatMul", normed, initializer(g, f"{index}.up.weight", up)))
+        value = add(g, "Add", value, add(g, "MatMul", hidden, initializer(g, f"{index}.down.weight", down)))
+    finish(model, value)
+    model.opset_imports.pop("octavo")
+    ir.save(model, path)
+    return path
+
+
+X = torch.randn(64, WIDTH, generator=torch.Generator().manual_seed(1))
+DATA = [{"x": X[:32]}, {"x": X[32:]}]
+
+
+def output(model: LoadedModel) -> Tensor:
+    (value,) = model.model(X).values()
+    return value
+
+
+def error(path: Path, recipe: str) -> float:
+    reference = output(open_model(path))
+    model = open_model(path)
+    pipeline.quantize(model, read_recipe(recipe, "r.yaml"), DATA)
+    return float((output(model) - reference).square().mean() / reference.square().mean())
+
+
+def test_scales_are_folded_into_the_norm_and_help(tmp_path: Path) -> None:
+    path = graph(tmp_path / "g.onnx")
+    assert error(path, "extends: int8\nsteps: [{smoothquant: {alpha: 0.5}}]") < 0.3 * error(path, "extends: int8")
+
+
+@pytest.mark.parametrize("inputs", ["quantized", "unquantized"])
+def test_gptq_beats_rounding(tmp_path: Path, inputs: str) -> None:
+    path = graph(tmp_path / "g.onnx")
+    plain = "rules: [{select: 'operation:linear', scheme: {weight: int4-group32}}]"
+    assert error(path, f"{plain}\nsteps: [gptq]\ncalibration: {{inputs: {inputs}}}") < 0.8 * error(path, plain)
+
+
+def test_what_steps_wrote_is_in_the_run_and_in_the_file(tmp_path: Path) -> None:
+    path = graph(tmp_path / "g.onnx")
+    recipe = read_recipe("extends: int8\nsteps: [{smoothquant: {alpha: 0.5}}, gptq]", "r.yaml")
+    run = pipeline.save(pipeline.quantize(open_model(path), recipe, DATA), tmp_path / "run")
+    again = pipeline.load(tmp_path / "run")
+    assert torch.equal(output(again.loaded), output(run.loaded))
+    out = pipeline.export(run, tmp_path / "onnx", layout="onnx")
+    assert pipeline.verify(out, run, DATA).agrees
+    before = path.read_bytes()
+    run.door.strip()
+    assert path.read_bytes() == before
+    assert torch.equal(output(run.loaded), output(open_model(path)))
+
+
+def test_statistics_are_those_of_what_the_layers_read(tmp_path: Path) -> None:
+    loaded = open_model(graph(tmp_path / "g.onnx"))
+    door = pipeline._door(loaded, {"x": X})
+    plan = resolve(read_recipe("extends: int8", "r.yaml"), door.facts(), "")
+    door.prepare(plan)
+    read: dict[str, Tensor] = {}
+    with Store() as store:
+        walk = door.walk(DATA, store, is_quantized=False, keeps_unquantized=False)
+        layers: list[str] = []
+        for block in walk:
+            assert isinstance(block, GraphBlock)
+            block.gather(frozenset({Need.GRAM}))
+            for name in block.layers():
+                layers.append(name)
+                statistics = block.statistics(name)
+                assert statistics.count == len(X)
+                assert statistics.gram is not None
+                read[name] = statistics.gram
+            block.settle()
+            block.advance()
+    assert layers == [f"{i}.{part}" for i in range(3) for part in ("up", "down")]
+    normed = torch.nn.functional.layer_norm(X, (WIDTH,)) * torch.where(torch.arange(WIDTH) % 16 == 0, 50.0, 1.0)
+    assert torch.allclose(read["0.up"], normed.T @ normed, rtol=1e-3, atol=1e-1)
+    assert set(door.quantizer_names()) == {name for name, _ in plan.quantizers()}
+    assert all(Slot.INPUT in layer.activations for layer in door.snapshot().layers())
