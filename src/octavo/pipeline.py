@@ -26,7 +26,7 @@ from octavo.export.run import write_run
 from octavo.export.run_files import RunFiles, read_run
 from octavo.export.views import dequantized_weights
 from octavo.nn.door import TorchDoor
-from octavo.nn.originals import watched
+from octavo.nn.originals import kept_bytes, watched
 from octavo.numerics.arrays import array_of, tensor_of, tensors_in
 from octavo.numerics.door import Door
 from octavo.numerics.snapshot import Agreement, Snapshot
@@ -158,6 +158,9 @@ def quantize(
             check_coverage(the_plan, require_coverage)
         _refuse_early(the_plan, batches, layouts, tasks, loaded)
         _refuse_steps(the_plan, the_recipe, batches, layouts)
+        if keep_original and the_recipe.steps:
+            cost = f"keep_original keeps a copy of the original tensors in memory: {kept_bytes(loaded.model):,} bytes"
+            the_plan = dataclasses.replace(the_plan, warnings=(*the_plan.warnings, cost))
     on_plan(the_plan)
     with clock.phase("evaluate"):
         references = {task.name: task.outputs(loaded) for task in tasks}

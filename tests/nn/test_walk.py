@@ -15,6 +15,7 @@ from octavo.calibrate.batches import calibrate
 from octavo.calibrate.blockwise import calibrate_blockwise
 from octavo.errors import UserError
 from octavo.nn.door import TorchDoor
+from octavo.nn.originals import kept_bytes
 from octavo.nn.walk import Walk
 from octavo.numerics.door import Block
 from octavo.numerics.qtensor import quantize
@@ -303,7 +304,9 @@ def test_strip_after_steps_needs_the_originals() -> None:
     model, batch = made("llama")
     recipe = load_recipe("int8").with_steps("smoothquant")
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    octavo.quantize(model, recipe, [batch], keep_original=True)
+    cost = f"{kept_bytes(model):,} bytes"
+    run = octavo.quantize(model, recipe, [batch], keep_original=True)
+    assert any(cost in warning for warning in run.plan.warnings)
     octavo.strip(model)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     octavo.quantize(model, recipe, [batch])
