@@ -21,8 +21,36 @@ from octavo.spec.element import (
     element_from_json,
     element_to_json,
 )
+from octavo.spec.granularity import (
+    Granularity,
+    PerChannel,
+    PerFlatGroup,
+    PerGroup,
+    PerTensor,
+    PerTile,
+    PerToken,
+    Shape,
+    granularity_from_json,
+    granularity_to_json,
+)
 
-Shape = tuple[int, ...]
+__all__ = [
+    "PLAIN_FP32",
+    "Granularity",
+    "PerChannel",
+    "PerFlatGroup",
+    "PerGroup",
+    "PerTensor",
+    "PerTile",
+    "PerToken",
+    "Ragged",
+    "ScaleRule",
+    "Shape",
+    "TensorFormat",
+    "one_level",
+    "scaled",
+]
+
 _PAD = "let the format fill the last one (ragged: pad), or leave it out"
 
 
@@ -41,131 +69,6 @@ class Ragged(Enum):
 
     REFUSE = "refuse"
     PAD = "pad"
-
-
-def _check_positive(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise UserError(f"{name}={size}: a block holds at least one value")
-
-
-@dataclass(frozen=True, slots=True)
-class PerTensor:
-    """One scale for the whole tensor."""
-
-    def scale_shape(self, shape: Shape) -> Shape:
-        """Always ``()``."""
-        return ()
-
-    def __str__(self) -> str:
-        return "per tensor"
-
-
-@dataclass(frozen=True, slots=True)
-class PerChannel:
-    """One scale for every index of ``axis`` (and of the axes before it, such as experts).
-
-    The default is the output axis of a weight ``(..., out_features, in_features)``.
-
-    >>> PerChannel().scale_shape((8, 96)), PerChannel().scale_shape((4, 8, 96))
-    ((8,), (4, 8))
-    """
-
-    axis: int = -2
-
-    def scale_shape(self, shape: Shape) -> Shape:
-        """The axes up to and including ``axis``."""
-        return shape[: self.axis % len(shape) + 1] if len(shape) > 1 else shape
-
-    def __str__(self) -> str:
-        return "per channel" if self.axis == -2 else "per matrix" if self.axis == 0 else f"along axis {self.axis}"
-
-
-@dataclass(frozen=True, slots=True)
-class PerToken:
-    """One scale for every vector along the last axis.
-
-    >>> PerToken().scale_shape((2, 7, 96))
-    (2, 7)
-    """
-
-    def scale_shape(self, shape: Shape) -> Shape:
-        """Every axis but the last."""
-        return shape[:-1]
-
-    def __str__(self) -> str:
-        return "per token"
-
-
-@dataclass(frozen=True, slots=True)
-class PerGroup:
-    """One scale for every ``size`` neighbours on the last axis.
-
-    >>> PerGroup(32).scale_shape((8, 96))
-    (8, 3)
-    """
-
-    size: int
-
-    def __post_init__(self) -> None:
-        _check_positive(size=self.size)
-
-    def scale_shape(self, shape: Shape) -> Shape:
-        """The last axis counted in groups, rounded up."""
-        return (*shape[:-1], math.ceil(shape[-1] / self.size))
-
-    def __str__(self) -> str:
-        return f"groups of {self.size}"
-
-
-@dataclass(frozen=True, slots=True)
-class PerTile:
-    """One scale for every ``rows`` x ``cols`` tile of the last two axes.
-
-    >>> PerTile(128, 128).scale_shape((300, 256))
-    (3, 2)
-    """
-
-    rows: int
-    cols: int
-
-    def __post_init__(self) -> None:
-        _check_positive(rows=self.rows, cols=self.cols)
-
-    def scale_shape(self, shape: Shape) -> Shape:
-        """The last two axes counted in tiles, rounded up."""
-        return (*shape[:-2], math.ceil(shape[-2] / self.rows), math.ceil(shape[-1] / self.cols))
-
-    def __str__(self) -> str:
-        return f"tiles of {self.rows}x{self.cols}"
-
-
-@dataclass(frozen=True, slots=True)
-class PerFlatGroup:
-    """One scale for every ``size`` neighbours of the flattened tensor (NF4, and its scales); the last may be fewer."""
-
-    size: int
-
-    def __post_init__(self) -> None:
-        _check_positive(size=self.size)
-
-    def scale_shape(self, shape: Shape) -> Shape:
-        """One axis: the number of values counted in groups, rounded up."""
-        return (math.ceil(math.prod(shape) / self.size),)
-
-    def __str__(self) -> str:
-        return f"flat groups of {self.size}"
-
-
-Granularity = PerTensor | PerChannel | PerToken | PerGroup | PerTile | PerFlatGroup
-_GRANULARITIES: dict[str, type] = {
-    "tensor": PerTensor,
-    "channel": PerChannel,
-    "token": PerToken,
-    "group": PerGroup,
-    "tile": PerTile,
-    "flat-group": PerFlatGroup,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,11 +235,11 @@ class TensorFormat:
         beyond: dict[str, Any] = {
             "top": self.top,
             "min_scale": self.min_scale or None,
-            "offset_granularity": _granularity_to_json(self.offset_granularity) if self.offset_granularity else None,
+            "offset_granularity": granularity_to_json(self.offset_granularity) if self.offset_granularity else None,
         }
         return {
             "element": element_to_json(self.element),
-            "granularity": _granularity_to_json(self.granularity),
+            "granularity": granularity_to_json(self.granularity),
             "scale": self.scale.to_dict() if self.scale else None,
             "offset": self.offset.to_dict() if self.offset else None,
             "zero_point": self.zero_point.name if self.zero_point else None,
@@ -362,7 +265,7 @@ class TensorFormat:
             centre = data.get("offset_granularity")
             return cls(
                 element=element_from_json(data["element"]),
-                granularity=_granularity_from_json(data.get("granularity", {"kind": "tensor"})),
+                granularity=granularity_from_json(data.get("granularity", {"kind": "tensor"})),
                 scale=cls.from_dict(data["scale"]) if data["scale"] else None,
                 offset=cls.from_dict(data["offset"]) if data.get("offset") else None,
                 zero_point=zero_point,
@@ -370,21 +273,10 @@ class TensorFormat:
                 ragged=Ragged(data.get("ragged", Ragged.REFUSE.value)),
                 top=data.get("top"),
                 min_scale=data.get("min_scale", 0.0),
-                offset_granularity=None if centre is None else _granularity_from_json(centre),
+                offset_granularity=None if centre is None else granularity_from_json(centre),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"not a tensor format: {data!r} ({type(error).__name__}: {error})") from error
-
-
-def _granularity_to_json(granularity: Granularity) -> dict[str, Any]:
-    kind = next(name for name, cls in _GRANULARITIES.items() if isinstance(granularity, cls))
-    return {"kind": kind, **{name: getattr(granularity, name) for name in granularity.__slots__}}
-
-
-def _granularity_from_json(data: dict[str, Any]) -> Granularity:
-    sizes = dict(data)
-    granularity: Granularity = _GRANULARITIES[sizes.pop("kind")](**sizes)
-    return granularity
 
 
 PLAIN_FP32 = TensorFormat(FP32)
