@@ -1,7 +1,7 @@
 """SmoothQuant as a step: the input of a group of layers is divided channel by channel, their columns are multiplied.
 
-``alpha: search`` takes, for each group, the alpha whose outputs err least by the group's Gram matrix: rounding of the
-weights and of the input together (``numerics.rescaling``), without running anything again.
+``alpha: search`` takes, for each group, the alpha whose outputs err least by the mean squares of the input: rounding of
+the weights and of the input together (``numerics.rescaling``), without running anything again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from octavo.numerics.statistics import Need
 from octavo.spec.steps import SmoothQuant
 
 _NUM_ALPHAS = 21
-_ALPHA_UNSEEN = 0.5  # where there is no Gram matrix to judge by
+_ALPHA_UNSEEN = 0.5  # where inputs differ from row to row, so that there is nothing to judge by
 
 
 class SmoothQuantAlgorithm:
@@ -30,8 +30,8 @@ class SmoothQuantAlgorithm:
 
     @property
     def needs(self) -> frozenset[Need]:
-        """Ranges; the Gram matrix to search alpha."""
-        return frozenset({Need.RANGE, Need.GRAM} if self.options.alpha == "search" else {Need.RANGE})
+        """Ranges; mean squares to search alpha."""
+        return frozenset({Need.RANGE, Need.MEAN_SQUARE} if self.options.alpha == "search" else {Need.RANGE})
 
     def apply(self, block: Block, layers: Sequence[str]) -> dict[str, str]:
         """Scale every group whose input was seen."""
@@ -51,11 +51,11 @@ class SmoothQuantAlgorithm:
         if self.options.alpha != "search":
             return group.tie(smoothing_scale(amax_x, amax_w, self.options.alpha))
         statistics, spec = block.statistics(group.layers[0]), block.input_spec(group.layers[0])
-        if statistics.gram is None:  # a convolution in groups
+        if group.columns is not None and group.columns.ndim > 1:  # a convolution in groups
             return group.tie(smoothing_scale(amax_x, amax_w, _ALPHA_UNSEEN))
         judge = Rescaling(
             [Reader.of(block.read_weight(layer), block.weight_spec(layer).format) for layer in group.layers],
-            statistics.gram / max(1, statistics.count),
+            statistics.mean_square,
             statistics.amax,
             None if spec is None else spec.format,
         )

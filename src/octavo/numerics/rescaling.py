@@ -42,7 +42,7 @@ class Rescaling:
 
     Args:
         readers: The layers that read the tensor.
-        gram: ``(I, I)`` mean of ``x^T x``.
+        gram: ``(I, I)`` mean of ``x^T x``, or ``(I,)`` its diagonal where that is all that is known.
         amax_x: ``(I,)`` largest absolute input.
         input_format: What the input is rounded to, ``None`` for nothing.
     """
@@ -59,7 +59,8 @@ class Rescaling:
         for reader in self.readers:
             scaled = reader.weight * scale_I
             error = fake_quantize(scaled, reader.format).div_(scale_I).sub_(reader.weight)
-            total += float((error @ self.gram).mul_(error).sum())
+            through = error * self.gram if self.gram.ndim == 1 else error @ self.gram
+            total += float(through.mul_(error).sum())
             if noise_I is not None:
                 total += float((scaled.square() * noise_I).sum())
         return total
@@ -68,7 +69,7 @@ class Rescaling:
         """Variance of the rounding of every channel of ``x / scale``."""
         element = fmt.element
         if isinstance(element, FloatFormat):
-            power = self.gram.diagonal() / scale_I.square()
+            power = (self.gram if self.gram.ndim == 1 else self.gram.diagonal()) / scale_I.square()
             if isinstance(fmt.granularity, PerGroup) and power.numel() % fmt.granularity.size == 0:
                 groups = power.view(-1, fmt.granularity.size)
                 power = groups.mean(1, keepdim=True).expand_as(groups).flatten()

@@ -43,9 +43,9 @@ from octavo.spec.tensor_format import (
 )
 
 _AT_ONCE = 1 << 18  # values looked at together: what stays in a core's cache
-_NUM_FACTORS = 32
+_NUM_FACTORS = 24
 _SMALLEST_FACTOR = 0.45
-_NUM_FITS = 4
+_NUM_FITS = 3
 _SHARES = (1.0, 0.94, 0.88, 0.82, 0.75, 0.67)  # of either end of a range, for zero points
 _NUM_LISTED = 18  # entries tried where no bound stops the search
 

@@ -81,7 +81,7 @@ class Awq(Options):
     """
 
     name: ClassVar[str] = "awq"
-    points: int = Field(default=21, ge=2)
+    points: int = Field(default=16, ge=2)
     clip: bool = True
 
 
