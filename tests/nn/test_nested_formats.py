@@ -88,6 +88,16 @@ def test_searched_scales_err_less_and_are_what_is_stored(name: str, tmp_path: Pa
     assert octavo.verify(tmp_path / "run", run).agrees
 
 
+def test_searched_over_the_full_range_is_never_worse_than_symmetric() -> None:
+    errors = []
+    for name in ("int4-group64", "int4-group64-full-range"):
+        model = made()  # uniform weights, of which a range that is cut at 7/8 of one end costs most
+        before = model.weight.detach().clone()
+        octavo.quantize(model, recipe(f"{{format: {name}, observer: mse}}"))
+        errors.append((model.weight_quantizer(model.weight) - before).norm())
+    assert errors[1] < errors[0]
+
+
 def test_scales_of_scales_of_scales(tmp_path: Path) -> None:
     outer = "{element: e4m3, scale: {element: fp32, scale: null}}"
     scales = f"{{element: e4m3, granularity: {{kind: group, size: 4}}, scale: {outer}}}"

@@ -27,7 +27,7 @@ from octavo.numerics.scale_search import outer_scale, search_scales
 from octavo.numerics.scaling import outer_scale_from_amax, scale_from_range, search_scale
 from octavo.spec.facts import Slot
 from octavo.spec.plan import QuantizerSpec
-from octavo.spec.tensor_format import one_level
+from octavo.spec.tensor_format import ScaleRule, one_level
 
 
 class Mode(Enum):
@@ -335,7 +335,8 @@ class WeightQuantizer(Quantizer):
         self, matrix: Tensor, shared_amax: Tensor | None, outer: Tensor | None
     ) -> tuple[Tensor | QTensor, Tensor | None]:
         fmt = self.spec.format
-        if fmt.is_symmetric and not fmt.is_nested:
+        # full-range wants larger scales than its rule's, too: the other end saturates
+        if fmt.is_symmetric and not fmt.is_nested and fmt.scale_rule is not ScaleRule.FULL_RANGE:
             return search_scale(matrix, fmt, loops=loops_for(matrix, fmt)), None
         if outer is None and shared_amax is not None and fmt.is_nested:
             outer = outer_scale(shared_amax, fmt)
