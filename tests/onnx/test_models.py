@@ -41,8 +41,11 @@ def whisper() -> tuple[nn.Module, dict[str, Any]]:
     return WhisperEncoder(config), {"input_features": torch.randn(2, 20, 100)}
 
 
-@pytest.mark.parametrize("build", [llama, t5, whisper])
-@pytest.mark.parametrize(("recipe", "target"), [("int8", "onnxruntime-cpu"), ("fp8-attention", "tensorrt")])
+FOR_CPU, FOR_TENSORRT = ("int8", "onnxruntime-cpu"), ("fp8-attention", "tensorrt")
+CASES = [(llama, *FOR_CPU), (t5, *FOR_CPU), (whisper, *FOR_CPU), (llama, *FOR_TENSORRT), (whisper, *FOR_TENSORRT)]
+
+
+@pytest.mark.parametrize(("build", "recipe", "target"), CASES)
 def test_files_mean_what_was_simulated(build: Any, recipe: str, target: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, batch = build()
