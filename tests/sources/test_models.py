@@ -120,7 +120,7 @@ def test_a_wrong_factory_is_told(factories, source, message):
         open_model(source)
 
 
-@pytest.mark.parametrize("source", ["./no/such/dir", "missing.onnx", "runs/model.pt"])
+@pytest.mark.parametrize("source", ["./no/such/dir", "runs/model.pt"])
 def test_a_missing_directory_is_told_without_asking_the_hub(source):
     with pytest.raises(UserError, match=f"model '{source}': no such directory. A model is"):
         open_model(source)
@@ -135,7 +135,7 @@ def test_an_id_without_connection_says_what_was_tried(monkeypatch):
 @pytest.mark.parametrize(
     ("file", "message"),
     [
-        ("model.onnx", "ONNX files are not supported by this version"),
+        ("model.onnx", "holds no graph"),
         ("model.gguf", "already quantized"),
         ("model.pth", "never reads pickles"),
         ("model.zip", "is a file; give the directory"),
@@ -145,6 +145,14 @@ def test_a_file_is_no_model(tmp_path, file, message):
     (tmp_path / file).touch()
     with pytest.raises(UserError, match=message):
         open_model(tmp_path / file)
+
+
+def test_what_is_called_onnx_and_is_something_else_is_told(tmp_path):
+    (tmp_path / "model.onnx").write_text("no graph at all")
+    with pytest.raises(UserError, match="is not an ONNX file"):
+        open_model(tmp_path / "model.onnx")
+    with pytest.raises(UserError, match=r"missing.onnx': there is no such file"):
+        open_model("missing.onnx")
 
 
 def test_a_directory_without_configuration_is_told(tmp_path):

@@ -44,6 +44,21 @@ def open_session(graph: Path | bytes) -> Any:
         raise UserError(f"onnxruntime cannot run {name}: {reason.strip()}") from error
 
 
+def check_graph_file(path: Path) -> None:
+    """Raise ``UserError`` unless ``path`` holds a graph."""
+    require("onnx", needed_for="reading ONNX files", extra="onnx")
+    from google.protobuf.message import DecodeError
+
+    import onnx
+
+    try:
+        nodes = onnx.load(path, load_external_data=False).graph.node
+    except DecodeError as error:
+        raise UserError(f"model '{path}' is not an ONNX file: it is damaged, or something else by that name") from error
+    if not nodes:
+        raise UserError(f"model '{path}' holds no graph: the file is empty, or was cut short")
+
+
 @dataclass(frozen=True, slots=True)
 class GraphInput:
     """One input: its name, its type as onnxruntime writes it, and its sizes, words where they are open."""

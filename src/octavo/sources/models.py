@@ -15,7 +15,7 @@ from octavo.demo import model_path
 from octavo.errors import UserError
 from octavo.sources.directories import find_directory
 from octavo.sources.extras import import_callable, is_callable_name
-from octavo.sources.graphs import GRAPH_FILE, GraphModule
+from octavo.sources.graphs import GRAPH_FILE, GraphModule, check_graph_file
 from octavo.sources.kinds import ModelKind, embeds_both, kind_of_class
 from octavo.sources.pretrained import DTYPES, build_untrained, load_pretrained
 from octavo.sources.processors import Processor, TextRules, wrap_processor
@@ -125,6 +125,7 @@ def open_graph_model(
     """
     if not path.is_file():
         raise UserError(f"model '{path}': there is no such file")
+    check_graph_file(path)
     if device.type != "cpu":
         raise UserError(f"model '{path}': ONNX files are calibrated by onnxruntime on the CPU, not on '{device}'")
     if dtype not in (None, "auto"):
