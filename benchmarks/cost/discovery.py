@@ -4,7 +4,8 @@
 
 Each model is looked at in a process of its own. Time is the median over rounds in which plain forwards and looks take
 turns; the first look, which reads the sources of the model's modules, is told apart. Memory is what the first look adds
-to the peak of two plain forwards, as a share of what the model and these forwards take.
+to the peak of two plain forwards, as a share of what the model and these forwards take. Single peaks vary by
+tens of per cent, so medians over processes are shown.
 """
 
 from __future__ import annotations
@@ -114,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", action="append", choices=list(MODELS), help="only these")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--processes", type=int, default=5, help="the peak of a process varies: medians are shown")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     parser.add_argument("--inside", help=argparse.SUPPRESS)
@@ -130,8 +132,11 @@ def main() -> None:
     for name in args.model or MODELS:
         command = [sys.executable, "-m", "benchmarks.cost.discovery", "--inside", name]
         options = ["--rounds", str(args.rounds), "--threads", str(args.threads)]
-        done = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
-        rows[name] = json.loads(done.stdout.splitlines()[-1])
+        found = []
+        for _ in range(args.processes):
+            done = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
+            found.append(json.loads(done.stdout.splitlines()[-1]))
+        rows[name] = {key: statistics.median(row[key] for row in found) for key in found[0]}
     machine = {**describe_machine(), "threads": str(args.threads)}
     if args.json:
         print(json.dumps({"machine": machine, "models": rows}, indent=1))
