@@ -24,6 +24,7 @@ from export.handmade import (
 )
 from octavo.errors import UserError
 from octavo.export.base import EXPORTERS, exporter
+from octavo.export.modelopt_labels import LayerFormats, Rounded, layer_problem
 from octavo.export.views import dequantized_weights
 from octavo.numerics.qtensor import QTensor
 from octavo.numerics.snapshot import ActivationScale, LayerSnapshot
@@ -292,6 +293,17 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         strict=True,
     ):
         assert message in problem
+
+
+def test_an_input_whose_scale_no_reader_would_find_is_refused() -> None:
+    """``F.linear(x, self.scale_me)`` in ``mixer`` is the site ``mixer#linear0``; its weight is called otherwise."""
+    e4m3 = Rounded(tensor_format("e4m3-tensor"))
+    both = {Slot.WEIGHT: e4m3, Slot.INPUT: e4m3}
+    for site, weight in (("mixer", "mixer.weight"), ("mixer.in_proj", "mixer.in_proj_weight"), ("(model)", "weight")):
+        assert layer_problem(LayerFormats(site, "linear", (8, 8), both, weight_name=weight)) is None
+    problem = layer_problem(LayerFormats("mixer#linear0", "linear", (8, 8), both, weight_name="mixer.scale_me"))
+    assert problem is not None
+    assert "'mixer.scale_me'" in problem
 
 
 def with_cache(fmt: str) -> Handmade:

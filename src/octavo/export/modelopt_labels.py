@@ -66,12 +66,14 @@ class LayerFormats:
     weight_shape: tuple[int, ...]
     quantizers: Mapping[Slot, Rounded]
     extras: Extras = Extras()
+    weight_name: str = ""
 
 
 def from_decision(decision: Decision) -> LayerFormats:
     """As planned."""
     quantizers = {slot: Rounded(spec.format, spec.is_dynamic) for slot, spec in decision.scheme.items()}
-    return LayerFormats(decision.site.name, decision.site.operation, decision.site.weight_shape, quantizers)
+    site = decision.site
+    return LayerFormats(site.name, site.operation, site.weight_shape, quantizers, weight_name=site.weight_name)
 
 
 def from_layer(layer: LayerSnapshot) -> LayerFormats:
@@ -82,7 +84,7 @@ def from_layer(layer: LayerSnapshot) -> LayerFormats:
     quantizers[Slot.WEIGHT] = Rounded(layer.weight.format)
     rank = 0 if layer.low_rank is None else layer.low_rank[0].shape[0]
     extras = Extras(layer.pre_scale is not None, layer.input_rotation > 0, rank)
-    return LayerFormats(layer.name, layer.operation, layer.weight.shape, quantizers, extras)
+    return LayerFormats(layer.name, layer.operation, layer.weight.shape, quantizers, extras, layer.weight_name)
 
 
 def label_of(layer: LayerFormats) -> Label | None:
@@ -113,7 +115,17 @@ def layer_problem(layer: LayerFormats) -> str | None:
     label = label_of(layer)
     if label is None:
         return f"the layout has no label for {_describe(layer)}{_hint(layer)}"
-    return extras_problem(layer) or _shape_problem(layer, label)
+    return _name_problem(layer) or extras_problem(layer) or _shape_problem(layer, label)
+
+
+def _name_problem(layer: LayerFormats) -> str | None:
+    """A static input scale is called after its weight, so the weight must be called after its layer."""
+    inputs = layer.quantizers.get(Slot.INPUT)
+    if inputs is None or inputs.is_dynamic or not layer.weight_name:
+        return None
+    if layer.weight_name.removesuffix("weight").rstrip("._") == layer.name.removesuffix("(model)"):
+        return None
+    return f"the layout finds an input's scale by the name of its weight, which {layer.weight_name!r} does not fit"
 
 
 def extras_problem(layer: LayerFormats) -> str | None:
