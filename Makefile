@@ -22,6 +22,7 @@ lint: $(TESTS)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# tensorrt is not made for every system: its tests are left out where it does not install.
 # torch goes first and by its exact version, so that no other package chooses one.
 $(RUNS): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -32,6 +33,7 @@ $(RUNS): pyproject.toml
 
 $(TESTS): $(RUNS)
 	$(BIN)/python -m pip install -q -e ".[dev]"
+	-$(BIN)/python -m pip install -q -e ".[tensorrt]"
 	touch $@
 
 clean:

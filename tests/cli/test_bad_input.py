@@ -65,7 +65,7 @@ def test_a_pattern_of_sensitivity_that_matches_nothing() -> None:
         ("empty", "no config.json, so it is not a Hugging Face model (it is empty)"),
         ("thesis", "no config.json, so it is not a Hugging Face model (there is chapter.tex)"),
         ("prose.txt", "is a file; give the directory that holds config.json and the safetensors"),
-        ("model.onnx", "onnxruntime cannot run model.onnx"),
+        ("model.onnx", "is not an ONNX file"),
         ("pickled", "only pickled weights (pytorch_model.bin), and octavo never reads pickles"),
         ("run", "is a run, so its weights are quantized already"),
         ("run/modelopt", "is already quantized (modelopt)"),
