@@ -28,6 +28,7 @@ from octavo.demo.language.corpus import held_out_text, library, training_texts
 from octavo.demo.language.tokens import build_tokenizer
 
 _NUM_CORES = 2
+_WINDOWS_AT_ONCE = 4
 _MAX_GRADIENT = 1.0
 _LOG_EVERY = 10
 _CHECKPOINT_EVERY_S = 120.0
@@ -137,9 +138,10 @@ def encode_texts(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> Te
     return torch.tensor([token for row in rows for token in (*start, *row.ids)], dtype=torch.long)
 
 
-def compute_dtype() -> torch.dtype:
-    """bfloat16 where the processor multiplies it in hardware."""
-    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device multiplies it in hardware."""
+    fast = torch.cpu._is_avx512_bf16_supported() if device.type == "cpu" else True
+    return torch.bfloat16 if fast else torch.float32
 
 
 def losses(model: LlamaForCausalLM, windows: Tensor) -> Tensor:
@@ -150,7 +152,7 @@ def losses(model: LlamaForCausalLM, windows: Tensor) -> Tensor:
 
 def _gradients(worker: LlamaForCausalLM, windows: Tensor) -> tuple[list[Tensor], float]:
     total, sums = 0.0, None
-    for part in windows.split(4):
+    for part in windows.split(_WINDOWS_AT_ONCE if worker.device.type == "cpu" else len(windows)):
         loss = losses(worker, part) * (len(part) / len(windows))
         found = torch.autograd.grad(loss, list(worker.parameters()))
         sums = [g.float() for g in found] if sums is None else [s.add_(g) for s, g in zip(sums, found, strict=True)]
@@ -175,20 +177,21 @@ def _step(run: Run, workers: Sequence[LlamaForCausalLM], windows: Tensor, share:
     return sum(loss for _, loss in parts) / len(parts)
 
 
-def train(schedule: Schedule, work: Path, out: Path) -> None:
-    """Trains by ``schedule``, or goes on with what is in ``work``, and writes the model directory ``out``."""
+def train(schedule: Schedule, work: Path, out: Path, *, root: Path, device: torch.device) -> None:
+    """Trains by ``schedule`` on the library at ``root``, or goes on with what is in ``work``, and writes ``out``."""
     torch.set_num_threads(1)
     work.mkdir(parents=True, exist_ok=True)
-    sources, tests = training_texts(library())
+    sources, tests = training_texts(root)
     tokenizer = _tokenizer(work, sources)
     tokens = encode_texts(tokenizer, [*sources, *tests, *sources])
     logging.info("%.1f million tokens to learn from", len(tokens) / 1e6)
     torch.manual_seed(schedule.seed)
     model = build_model(len(tokenizer), tokenizer.bos_token_id)
+    torch.nn.Module.to(model, device)
     run = Run(model, Optimizers(model, schedule), work)
     run.resume()
-    _learn(run, schedule, Windows(tokens, schedule))
-    _publish(run, tokenizer, sources, out)
+    _learn(run, schedule, Windows(tokens.to(device), schedule))
+    _publish(run, tokenizer, root, out)
 
 
 def _tokenizer(work: Path, sources: Sequence[str]) -> PreTrainedTokenizerFast:
@@ -199,8 +202,10 @@ def _tokenizer(work: Path, sources: Sequence[str]) -> PreTrainedTokenizerFast:
 
 
 def _learn(run: Run, schedule: Schedule, windows: Windows) -> None:
-    crew = ThreadPoolExecutor(_NUM_CORES, initializer=torch.set_num_threads, initargs=(1,))
-    workers = [type(run.model)(run.model.config).to(compute_dtype()) for _ in range(_NUM_CORES)]
+    device = run.model.device
+    num_workers = _NUM_CORES if device.type == "cpu" else 1
+    crew = ThreadPoolExecutor(num_workers, initializer=torch.set_num_threads, initargs=(1,))
+    workers = [type(run.model)(run.model.config).to(device, compute_dtype(device)) for _ in range(num_workers)]
     saved_at_s = last_s = time.monotonic()
     last_cpu_s = time.process_time()
     seen: list[float] = []
@@ -221,7 +226,7 @@ def _learn(run: Run, schedule: Schedule, windows: Windows) -> None:
 @torch.inference_mode()
 def bits_per_byte(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, text: str) -> float:
     """Of ``text`` cut into windows of ``CONTEXT`` tokens; the first token of a window does not count."""
-    tokens = encode_texts(tokenizer, [text])[1:]
+    tokens = encode_texts(tokenizer, [text])[1:].to(model.device)
     nats = sum(
         cross_entropy(model(window[None, :-1]).logits[0].float(), window[1:], reduction="sum").item()
         for window in tokens.split(CONTEXT)
@@ -231,16 +236,16 @@ def bits_per_byte(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, t
     return nats / counted * len(tokens) / len(text.encode()) / math.log(2)
 
 
-def _publish(run: Run, tokenizer: PreTrainedTokenizerFast, sources: Sequence[str], out: Path) -> None:
+def _publish(run: Run, tokenizer: PreTrainedTokenizerFast, root: Path, out: Path) -> None:
     """Rounds the weights to bfloat16, measures what is left, writes the directory, the texts and the log beside it."""
-    text = held_out_text(library())
+    text = held_out_text(root)
     model = run.model.bfloat16().float().eval()
     run.log({"held_out_bytes": len(text.encode()), "bits_per_byte": round(bits_per_byte(model, tokenizer, text), 4)})
     model.bfloat16().save_pretrained(out)
     (out / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(out)
     (out / "held_out.txt").write_text(text, encoding="utf-8")
-    lines = (json.dumps({"text": excerpt}, ensure_ascii=False) + "\n" for excerpt in _excerpts(sources))
+    lines = (json.dumps({"text": excerpt}, ensure_ascii=False) + "\n" for excerpt in _excerpts(training_texts(root)[0]))
     (out / "calibration.jsonl").write_text("".join(lines), encoding="utf-8")
     (out / "training_log.jsonl").write_text(run.log_path.read_text())
 
@@ -260,14 +265,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m octavo.demo.language.train", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="model directory to write")
     parser.add_argument("--work", type=Path, default=Path("language-training"), help="where the checkpoint is kept")
+    parser.add_argument("--library", type=Path, default=library(), help="the standard library's sources; Python's own")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu: two cores; cuda")
     parser.add_argument("--num-steps", type=int, default=usual.num_steps)
+    parser.add_argument("--batch-size", type=int, default=usual.batch_size, help="windows in a step")
     parser.add_argument("--matrix-rate", type=float, default=usual.matrix_rate)
     parser.add_argument("--rate", type=float, default=usual.rate)
     parser.add_argument("--seed", type=int, default=usual.seed)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    chosen = partial(Schedule, num_steps=options.num_steps, seed=options.seed)
-    train(chosen(matrix_rate=options.matrix_rate, rate=options.rate), options.work, options.out)
+    length = partial(Schedule, num_steps=options.num_steps, batch_size=options.batch_size, seed=options.seed)
+    schedule = length(matrix_rate=options.matrix_rate, rate=options.rate)
+    train(schedule, options.work, options.out, root=options.library, device=options.device)
 
 
 if __name__ == "__main__":
