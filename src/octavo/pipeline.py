@@ -187,6 +187,7 @@ def quantize(
         record,
         warnings=(*record.warnings, *left, *calibrated.notes, *rare_experts(the_plan, calibrated.expert_tokens)),
         experts=_experts_records(the_plan, calibrated.expert_tokens),
+        blocks=calibrated.blocks,
     )
     return Run(loaded, the_recipe, the_plan, record, door, before)
 

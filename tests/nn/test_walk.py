@@ -265,6 +265,23 @@ def run_steps(door: TorchDoor, steps: list[tuple[Step, Any]], batches: Any) -> A
     return calibrate_blockwise(door, plan, steps, batches, is_quantized=True)
 
 
+def test_errors_of_blocks_are_those_of_their_outputs() -> None:
+    model, batch = made("llama")
+    recipe = Recipe("r", ()).quantize("operation:linear", weight="int4-channel").with_steps("awq", "gptq")
+    run = octavo.quantize(model, recipe, [batch])
+    heard: list[Tensor] = []
+    for twin in (made("llama")[0], model):
+        twin.model.layers[0].register_forward_hook(lambda m, a, y: heard.append(y[0] if isinstance(y, tuple) else y))
+        outputs(twin, batch)
+    full, simulated = heard  # from the same inputs: nothing before the first block is rounded
+    error = float((simulated - full).square().sum() / full.square().sum())
+    first = next(block for block in run.record.blocks if block.name == "model.layers.0")
+    assert first.error == pytest.approx(error, rel=1e-3)
+    awq, gptq = first.steps
+    assert (awq.name, gptq.name) == ("awq", "gptq")
+    assert 0 < awq.error < first.plain_error
+
+
 def test_block_errors_and_what_was_left_alone_are_told() -> None:
     class Leaves(Nothing):
         def apply(self, block: Block, layers: Sequence[str]) -> Mapping[str, str]:
@@ -272,8 +289,10 @@ def test_block_errors_and_what_was_left_alone_are_told() -> None:
 
     model, batch = made("llama")
     found = run_steps(prepared(model, batch), [(STEP, Leaves())], [batch])
-    assert list(found.block_errors) == ["model.layers.0", "model.layers.1"]
-    assert all(0 < error < 0.1 for error in found.block_errors.values())
+    assert [block.name for block in found.blocks] == ["model.layers.0", "model.layers.1"]
+    for block in found.blocks:
+        assert 0 < block.error < 0.1
+        assert [(step.name, step.error) for step in block.steps] == [("smoothquant", block.plain_error)]
     assert "layer 'model.layers.0.self_attn.q_proj': step 'smoothquant' left it alone: it is too small" in found.notes
 
 

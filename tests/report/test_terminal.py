@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import subprocess
 import sys
 
@@ -11,10 +12,11 @@ from rich.console import Console, RenderableType
 
 from hand_made_facts import clip, encoder, linear, mixture, model
 from octavo.report import terminal
+from octavo.report.progress import TerminalTrack
 from octavo.report.words import TIMES
 from octavo.spec.facts import ModelFacts
 from octavo.spec.recipe import load_recipe, presets
-from octavo.spec.records import MetricRecord, RunRecord, SensitivityRecord
+from octavo.spec.records import BlockRecord, MetricRecord, RunRecord, SensitivityRecord, StepRecord
 from octavo.spec.resolve import resolve
 
 MODELS = [clip(), encoder(), mixture()]
@@ -158,6 +160,28 @@ def test_a_run_tells_what_was_done_and_what_it_took() -> None:
     lines = lines_of(terminal.run_view(RECORD))
     assert lines[0] == "demo:clip fp8-attention --leave '*patch_embedding*'"
     assert lines[-2:] == ["load 1.23 s, calibrate 1 h 07 min, peak memory 812 MB", "written to OUT"]
+
+
+def test_blocks_are_shown_with_what_every_step_left_of_their_error() -> None:
+    steps = [StepRecord(name="awq", error=0.002), StepRecord(name="gptq", error=0.001)]
+    blocks = [BlockRecord(name=f"h.{k}", error=0.01 * k, plain_error=0.004, steps=steps) for k in range(3)]
+    lines = lines_of(terminal.blocks_table(blocks, most=2))
+    assert lines[0].split() == ["block", "plain", "+", "awq", "+", "gptq", "all", "rounded"]
+    assert lines[1].split() == ["h.1", "0.4", "%", "0.2", "%", "0.1", "%", "1", "%"]
+    assert lines[3] == "and 1 more, which err less"
+    assert "h.2" in shown(terminal.run_view(dataclasses.replace(RECORD, blocks=tuple(blocks))))
+
+
+def test_time_left_is_known_when_every_item_takes_minutes() -> None:
+    clock = [0.0]
+    console = Console(file=io.StringIO(), force_terminal=True, width=120, get_time=lambda: clock[0])
+    place = ["first"]
+    for number in TerminalTrack(console)(range(4), lambda: place[0]):
+        clock[0] += 600
+        place[0] = f"block {number}"
+    drawn = console.file.getvalue()
+    assert "0:10:00" in drawn
+    assert "block 2" in drawn
 
 
 def test_a_run_without_a_plan_is_only_measured() -> None:

@@ -16,9 +16,11 @@ from hand_made_facts import clip
 from octavo.errors import UserError
 from octavo.spec.recipe import load_recipe
 from octavo.spec.records import (
+    BlockRecord,
     MetricRecord,
     RunRecord,
     SensitivityRecord,
+    StepRecord,
     check_json_object,
     runs_to_json_object,
 )
@@ -33,6 +35,7 @@ RECORD = dataclasses.replace(
     seconds={"load": 1.25, "plan": 0.5},
     peak_memory_bytes=10**9,
     output="OUT",
+    blocks=(BlockRecord(name="h.0", error=0.01, steps=[StepRecord(name="gptq", error=0.005, seconds=1.0)]),),
 )
 
 

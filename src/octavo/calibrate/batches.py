@@ -12,6 +12,7 @@ from octavo.numerics.door import Door
 from octavo.report.progress import Track, silent
 from octavo.spec.facts import Slot
 from octavo.spec.plan import Plan
+from octavo.spec.records import BlockRecord
 from octavo.spec.select import quantizer_name
 
 logger = logging.getLogger(__name__)
@@ -25,14 +26,14 @@ class Calibrated:
         num_batches: Forward passes that were observed.
         off: Quantizer name -> why it stays off.
         expert_tokens: Layer of experts -> tokens that each of them got.
-        block_errors: Block -> squared error of its simulated output over the square of the full-precision one.
+        blocks: Errors of every block that steps worked on, and of every step in it.
         notes: What steps left alone, and why.
     """
 
     num_batches: int
     off: dict[str, str] = field(default_factory=dict)
     expert_tokens: dict[str, list[int]] = field(default_factory=dict)
-    block_errors: dict[str, float] = field(default_factory=dict)
+    blocks: tuple[BlockRecord, ...] = ()
     notes: tuple[str, ...] = ()
 
 

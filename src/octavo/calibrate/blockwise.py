@@ -15,8 +15,11 @@ from octavo.errors import UserError
 from octavo.numerics.door import Block, Door
 from octavo.numerics.statistics import Need
 from octavo.numerics.store import Store
+from octavo.numerics.tensor_error import relative_error
+from octavo.report.clock import Clock
 from octavo.report.progress import Track, silent
 from octavo.spec.plan import Plan
+from octavo.spec.records import BlockRecord, StepRecord
 from octavo.spec.steps import Step, matcher
 
 logger = logging.getLogger(__name__)
@@ -65,9 +68,7 @@ def calibrate_blockwise(
         require_no_data(plan)
         require_data_for(steps)
     needs: frozenset[Need] = frozenset().union(*(algorithm.needs for _, algorithm in steps))
-    off: dict[str, str] = {}
-    errors: dict[str, float] = {}
-    notes: list[str] = []
+    told = _Told()
     chosen = matchers(plan, [step for step, _ in steps])
     keeps = Need.CROSS in needs
     with Store() as store, door.evaluating():
@@ -75,19 +76,48 @@ def calibrate_blockwise(
         num_batches = walk.num_batches
         if batches is not None and not num_batches:
             raise UserError("the calibration data is empty: it gave no batch")
-        for block in track(walk, "calibrate, block by block"):
-            block.gather(needs)
-            for step, algorithm in steps:
-                notes += _run_step(block, step, algorithm, chosen[step])
-            off.update(block.settle())
-            error = block.advance()
-            if error is not None:
-                errors[block.name] = error
-                logger.info("block '%s': relative squared error of its output %.2e", block.name, error)
-    for name, why in off.items():
+        for block in track(walk, told.now):
+            clock = Clock()
+            with clock.phase("block"):
+                told.at(block.name, "gather")
+                block.gather(needs)
+                rows, plain = _run_steps(block, [(s, a, chosen[s]) for s, a in steps], told)
+                told.at(block.name, "round")
+                told.off.update(block.settle())
+                error = block.advance()
+            told.finished(
+                BlockRecord(name=block.name, error=error, plain_error=plain, steps=rows, seconds=clock.seconds["block"])
+            )
+    for name, why in told.off.items():
         logger.warning("quantizer '%s' stays off: %s", name, why)
     tokens = {path: list(counts) for path, counts in door.expert_tokens().items()}
-    return Calibrated(num_batches, off, tokens, errors, tuple(notes))
+    return Calibrated(num_batches, told.off, tokens, tuple(told.blocks), tuple(told.notes))
+
+
+class _Told:
+    """What a walk tells, while it runs and afterwards."""
+
+    def __init__(self) -> None:
+        self.off: dict[str, str] = {}
+        self.notes: list[str] = []
+        self.blocks: list[BlockRecord] = []
+        self._place = "block by block"
+
+    def now(self) -> str:
+        """What is being done at this moment, and how well the last block went."""
+        errors = [block.error for block in self.blocks if block.error is not None]
+        last = f" (error of the last block {errors[-1]:.1e})" if errors else ""
+        return f"calibrate {self._place}{last}"
+
+    def at(self, block: str, what: str) -> None:
+        """``what`` begins."""
+        self._place = f"{block}: {what}"
+
+    def finished(self, block: BlockRecord) -> None:
+        """A block is done."""
+        self.blocks.append(block)
+        if block.error is not None:
+            logger.info("block '%s': relative squared error of its output %.2e", block.name, block.error)
 
 
 def matchers(plan: Plan, steps: Sequence[Step]) -> Mapping[Step, frozenset[str]]:
@@ -100,10 +130,35 @@ def matchers(plan: Plan, steps: Sequence[Step]) -> Mapping[Step, frozenset[str]]
     return {step: matcher(step, weights) for step in steps}
 
 
-def _run_step(block: Block, step: Step, algorithm: Algorithm, chosen: frozenset[str]) -> list[str]:
-    layers = [layer for layer in block.layers() if layer in chosen]
-    if not layers:
-        return []
+_Chosen = tuple[Step, Algorithm, frozenset[str]]
+
+
+def _run_steps(block: Block, steps: Sequence[_Chosen], told: _Told) -> tuple[list[StepRecord], float | None]:
+    """Every step on its layers of a block; what each left of the error, and the error before the first."""
+    work = [(step, algorithm, [x for x in block.layers() if x in chosen]) for step, algorithm, chosen in steps]
+    work = [(step, algorithm, layers) for step, algorithm, layers in work if layers]
+    if not work:
+        return [], None
+    full = block.probe()
+    plain = _error_so_far(block, full)
+    rows = []
+    for step, algorithm, layers in work:
+        told.at(block.name, step.name)
+        clock = Clock()
+        with clock.phase(step.name):
+            told.notes += _run_step(block, step, algorithm, layers)
+        error = _error_so_far(block, full)
+        rows.append(StepRecord(name=step.name, error=error, seconds=clock.seconds[step.name]))
+    return rows, plain
+
+
+def _error_so_far(block: Block, full: Sequence[Tensor]) -> float | None:
+    """What rounding the weights costs now, by a few samples."""
+    rounded = block.probe_rounded()
+    return relative_error(rounded, full) if rounded else None
+
+
+def _run_step(block: Block, step: Step, algorithm: Algorithm, layers: Sequence[str]) -> list[str]:
     before = block.probe() if algorithm.preserves_function else ()
     left = algorithm.apply(block, layers)
     if algorithm.preserves_function:

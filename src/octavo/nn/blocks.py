@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from octavo.backends.simulate import loops_for
 from octavo.errors import UserError
 from octavo.nn.block_layers import BlockLayer, block_layers
 from octavo.nn.calls import KeptTree, Tree, floating
@@ -22,9 +23,10 @@ from octavo.nn.quantizer import ActivationQuantizer, Mode, Quantizer, new_observ
 from octavo.numerics.door import Fold, InputGroup
 from octavo.numerics.hadamard import rotate
 from octavo.numerics.observers import AbsMaxObserver, NotFiniteError
-from octavo.numerics.qtensor import QTensor
+from octavo.numerics.qtensor import QTensor, fake_quantize
 from octavo.numerics.statistics import Gatherer, InputStatistics, Need
 from octavo.numerics.store import Store
+from octavo.numerics.tensor_error import relative_error
 from octavo.spec.plan import QuantizerSpec
 
 
@@ -285,6 +287,22 @@ class TorchBlock:
             return floating(self.feed.run_sample().leaves)
 
     @torch.no_grad()
+    def probe_rounded(self) -> Sequence[Tensor]:
+        """See ``Block.probe_rounded``."""
+        if not self.feed.num_batches:
+            return ()
+        tried = [layer for layer in self._layers.values() if not layer.quantizer.is_fixed]
+        for layer in tried:
+            quantizer, fmt = layer.quantizer, layer.quantizer.spec.format
+            rounded = fake_quantize(layer.matrix, fmt, loops=loops_for(layer.matrix, fmt))
+            quantizer.override = quantizer.view.to_parameter(rounded)
+        try:
+            return self.probe()
+        finally:
+            for layer in tried:
+                layer.quantizer.override = None
+
+    @torch.no_grad()
     def gather(self, needs: frozenset[Need]) -> None:
         """See ``Block.gather``."""
         ears = _Ears(self._layers, needs, self.feed.num_batches, pairs=Need.CROSS in needs and self._keeps_full)
@@ -336,13 +354,13 @@ class TorchBlock:
         """See ``Block.advance``."""
         error = None
         if not self._is_quantized and self._reference is not None:
-            error = _relative_error(floating(self.feed.run_sample().leaves), self._reference)
+            error = relative_error(floating(self.feed.run_sample().leaves), self._reference)
         if self._is_quantized:
             last = self.feed.num_batches if self.feed.has_successor else min(1, self.feed.num_batches)
             for index in range(last):
                 output = self.feed.run(index)
                 if index == 0 and self._reference is not None:
-                    error = _relative_error(floating(output.leaves), self._reference)
+                    error = relative_error(floating(output.leaves), self._reference)
                 if self.feed.has_successor:
                     self.feed.keep(index, output)
         self.feed.release()
@@ -549,9 +567,3 @@ class _Ears:
 
 def _is_ours(module: nn.Module) -> bool:
     return isinstance(module, (Quantizer, InputTransform, LowRank, Listener))
-
-
-def _relative_error(simulated: Sequence[Tensor], full: Sequence[Tensor]) -> float:
-    error = sum(float((a.float() - b.float()).square().sum()) for a, b in zip(simulated, full, strict=True))
-    size = sum(float(b.float().square().sum()) for b in full)
-    return error / size if size else 0.0

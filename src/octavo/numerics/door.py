@@ -185,6 +185,10 @@ class Block(Protocol):
         """What the block returns in full precision for a few samples; nothing without data."""
         ...
 
+    def probe_rounded(self) -> Sequence[Tensor]:
+        """``probe`` with every weight that is not fixed rounded to nearest; nothing where that cannot be tried."""
+        ...
+
     def gather(self, needs: frozenset[Need]) -> None:
         """One pass in full precision over ``inputs``, which gathers all statistics and ranges."""
         ...

@@ -22,6 +22,7 @@ from octavo.numerics.observers import NotFiniteError
 from octavo.numerics.qtensor import QTensor
 from octavo.numerics.statistics import Gatherer, InputStatistics, Need
 from octavo.numerics.store import Store
+from octavo.numerics.tensor_error import relative_error
 from octavo.onnx.calibration import Calibration
 from octavo.onnx.fake_quantize import operand
 from octavo.onnx.graph import GraphSite
@@ -276,6 +277,10 @@ class GraphBlock:
         """See ``Block.probe``."""
         return self.run(0) if self.walk.num_batches else ()
 
+    def probe_rounded(self) -> Sequence[Tensor]:
+        """See ``Block.probe_rounded``: a session cannot be given other weights for one call."""
+        return ()
+
     def _float(self, fed: Arrays, extra: Sequence[str] = ()) -> Arrays:
         """The piece in full precision, with some tensors inside."""
         return _run(self.calibration.model, self.piece, fed, extra)
@@ -337,7 +342,7 @@ class GraphBlock:
             for index in self.inputs():
                 found = session.run(self.walk.get(self.walk.live[index]))
                 if index == 0:
-                    error = _relative_error(_floats(found), self._reference)
+                    error = relative_error(_floats(found), self._reference)
                 self.walk.replace(self.walk.live, index, found)
         for index, entry in enumerate(self._next):
             self.walk.store.drop(self.walk.live[index][1])
@@ -381,10 +386,3 @@ def _rows(value: np.ndarray[Any, Any]) -> Tensor:
 
 def _floats(arrays: Arrays) -> list[Tensor]:
     return [tensor for tensor in map(tensor_of, arrays.values()) if tensor.is_floating_point()]
-
-
-def _relative_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float | None:
-    size = sum(float(value.double().square().sum()) for value in expected)
-    if not size:
-        return None
-    return sum(float((a.double() - b.double()).square().sum()) for a, b in zip(found, expected, strict=True)) / size

@@ -13,6 +13,7 @@ import numpy as np
 from octavo.readers.checkpoint import Checkpoint
 from octavo.readers.graph_file import is_graph, read_graphs
 from octavo.readers.opening import open_checkpoint
+from octavo.spec.records import RunRecord
 
 INSPECTION_SCHEMA = "octavo.inspection/1"
 
@@ -52,7 +53,10 @@ class FormatCount:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """A checkpoint at a glance; ``tensor_bytes`` counts all tensors, headers not."""
+    """A checkpoint at a glance; ``tensor_bytes`` counts all tensors, headers not.
+
+    ``blocks`` are a run's errors, block by block, where steps worked on it.
+    """
 
     path: str
     layout: str
@@ -61,6 +65,7 @@ class Inspection:
     counts: tuple[FormatCount, ...]
     concerns: tuple[Concern, ...]
     tensor_bytes: int
+    blocks: tuple[dict[str, Any], ...] = ()
 
     def to_json_object(self) -> dict[str, Any]:
         """Plain JSON values, for ``--json`` and for rendering."""
@@ -80,7 +85,15 @@ def inspect(path: Path) -> Inspection:
     counts = tuple(_count(rows))
     concerns = tuple(_concerns(checkpoint))
     total = sum(row.num_bytes for row in rows)
-    return Inspection(str(path), checkpoint.layout, dict(checkpoint.facts), rows, counts, concerns, total)
+    facts, blocks = dict(checkpoint.facts), _blocks(path / "run.json")
+    return Inspection(str(path), checkpoint.layout, facts, rows, counts, concerns, total, blocks)
+
+
+def _blocks(record: Path) -> tuple[dict[str, Any], ...]:
+    """What the record beside a run's files says of its blocks."""
+    if not record.is_file():
+        return ()
+    return tuple(block.model_dump() for block in RunRecord.from_json(record.read_text(encoding="utf-8")).blocks)
 
 
 def _of_graph(path: Path) -> Inspection:

@@ -10,7 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from octavo.report.plan_view import DottedName
+from octavo.report.terminal import blocks_table
 from octavo.report.words import bytes_text, shape_text
+from octavo.spec.records import BlockRecord
 
 
 def render_inspection(inspection: Mapping[str, Any], *, with_entries: bool = True) -> RenderableType:
@@ -23,6 +25,8 @@ def render_inspection(inspection: Mapping[str, Any], *, with_entries: bool = Tru
     parts: list[RenderableType] = [_title(inspection), _formats(inspection)]
     if with_entries:
         parts += [Text(), _entries(inspection)]
+    if inspection["blocks"]:
+        parts += [Text(), blocks_table([BlockRecord.model_validate(block) for block in inspection["blocks"]])]
     return Group(*parts, Text(), _concerns(inspection))
 
 

@@ -13,9 +13,10 @@ from octavo.report.fold import fold_names
 from octavo.report.plan_view import DottedName, plan_listing, plan_summary, plan_view
 from octavo.report.words import bytes_text, number_text, seconds_text, share_text
 from octavo.spec.recipe import Recipe
-from octavo.spec.records import MetricRecord, RunRecord, SensitivityRecord
+from octavo.spec.records import BlockRecord, MetricRecord, RunRecord, SensitivityRecord
 
 __all__ = [
+    "blocks_table",
     "comparison_table",
     "leave_hint",
     "metrics_table",
@@ -29,6 +30,7 @@ __all__ = [
 
 _LOWER_IS_BETTER = ("perplexity", "bits_per_byte", "kl")
 _BAR_WIDTH = 12
+_MOST_BLOCKS = 8
 
 
 def metrics_table(metrics: Mapping[str, Mapping[str, MetricRecord]]) -> Table:
@@ -93,6 +95,32 @@ def sensitivity_table(rows: Sequence[SensitivityRecord], *, most: int | None = N
     return Group(table, Text(f"and {left_over} more", style="dim")) if left_over else table
 
 
+def blocks_table(blocks: Sequence[BlockRecord], *, most: int | None = None) -> RenderableType:
+    """What rounding costs each block, in per cent of its output's energy: after every step, and in the end.
+
+    Args:
+        blocks: In their order.
+        most: Of more than these, only the worst, in their order.
+    """
+    steps = list(dict.fromkeys(step.name for block in blocks for step in block.steps))
+    table = _table("block")
+    for heading in ("plain", *(f"+ {step}" for step in steps), "all rounded"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    by_error = sorted(blocks, key=lambda block: block.error or 0.0, reverse=True)
+    shown = set(map(id, by_error[:most]))
+    for block in blocks:
+        if id(block) in shown:
+            errors = {step.name: step.error for step in block.steps}
+            values = [block.plain_error, *(errors.get(step) for step in steps), block.error]
+            table.add_row(DottedName(block.name), *map(_percent, values))
+    left_over = len(blocks) - len(shown)
+    return Group(table, Text(f"and {left_over} more, which err less", style="dim")) if left_over else table
+
+
+def _percent(error: float | None) -> str:
+    return "" if error is None else f"{100 * error:.2g} %"
+
+
 def leave_hint(quantizers: Sequence[str]) -> str:
     """The options that would leave these quantizers out: ``--leave 'h.{0,3}.fc.input_quantizer'``."""
     return " ".join(f"--leave '{pattern}'" for pattern in fold_names(quantizers))
@@ -111,6 +139,8 @@ def run_view(record: RunRecord) -> RenderableType:
     parts: list[RenderableType] = [*lines]
     if record.metrics:
         parts += [Text(), metrics_table(record.metrics), Text()]
+    if any(block.error is not None or block.steps for block in record.blocks):
+        parts += [Text(), blocks_table(record.blocks, most=_MOST_BLOCKS), Text()]
     parts += [Text(f"warning: {warning}", style="yellow") for warning in record.warnings]
     parts += [_cost(record)] if record.seconds or record.peak_memory_bytes else []
     return Group(*parts, *([Text(f"written to {record.output}")] if record.output else []))

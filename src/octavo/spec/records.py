@@ -78,6 +78,32 @@ class ExpertsRecord(_Part):
     tokens: list[int]
 
 
+class StepRecord(_Part):
+    """What one step of a recipe left of a block's error, and how long it took.
+
+    ``error`` is that of the block's output on the first sample: squared error over the square of the unquantized
+    output, with weights that no step has rounded yet rounded to nearest, and inputs as they are.
+    """
+
+    name: str
+    error: float | None = None
+    seconds: float = 0.0
+
+
+class BlockRecord(_Part):
+    """One block of a walk.
+
+    ``error`` is that of its output on the first batch, weights and inputs rounded, from the same inputs: squared error
+    over the square of the unquantized output. ``plain_error`` is what ``StepRecord`` says, before any step.
+    """
+
+    name: str
+    error: float | None = None
+    plain_error: float | None = None
+    steps: list[StepRecord] = []
+    seconds: float = 0.0
+
+
 class _PlanPart(_Part):
     parameters_covered: float | None = Field(default=None, ge=0, le=1)
     macs_covered: float | None = Field(default=None, ge=0, le=1)
@@ -109,6 +135,7 @@ class _RunObject(_Part):
     warnings: list[str]
     output: str | None
     experts: list[ExpertsRecord]
+    blocks: list[BlockRecord]
     layers: list[LayerRecord] = []
 
 
@@ -137,6 +164,7 @@ class RunRecord:
         warnings: What the user should know.
         output: Path that was written, empty for none.
         experts: Tokens that each expert saw while calibrating, layer by layer.
+        blocks: Errors of the blocks that steps worked on, and of every step in them, in order.
     """
 
     model: str
@@ -159,6 +187,7 @@ class RunRecord:
     warnings: tuple[str, ...] = ()
     output: str = ""
     experts: tuple[ExpertsRecord, ...] = ()
+    blocks: tuple[BlockRecord, ...] = ()
 
     @classmethod
     def of_plan(cls, plan: Plan, *, version: str = "", leave: Sequence[str] = ()) -> RunRecord:
@@ -204,6 +233,7 @@ class RunRecord:
             "warnings": list(self.warnings),
             "output": self.output or None,
             "experts": [layer.model_dump() for layer in self.experts],
+            "blocks": _finite([block.model_dump() for block in self.blocks]),
         }
 
     def to_json(self) -> str:
@@ -253,6 +283,7 @@ class RunRecord:
             warnings=tuple(run.warnings),
             output=run.output or "",
             experts=tuple(run.experts),
+            blocks=tuple(run.blocks),
         )
 
 
