@@ -149,6 +149,21 @@ def test_entropy_agrees_with_the_procedure_it_is_taken_from():
         assert max(-low, high) < x.abs().max() / 2, "the comparison is about clipping"
 
 
+def test_entropy_agrees_with_onnxruntime():
+    """Its calibrator with bins enough to choose among; with its default of 128 it keeps the whole range."""
+    collector = pytest.importorskip("onnxruntime.quantization.calibrate").HistogramCollector
+    x = torch.randn(200_000, generator=torch.Generator().manual_seed(2))
+    x = torch.cat([x, x[:20] * 12])
+    found = {}
+    for bins in (128, 1023):
+        theirs = collector("entropy", False, bins, 128, 99.999, "same")
+        theirs.collect({"x": [x.numpy()]})
+        found[bins] = max(map(abs, map(float, theirs.compute_collection_result()["x"][:2])))
+    low, high = found_range("entropy", tensor_format("int8-tensor"), x)
+    assert max(-low, high) == pytest.approx(found[1023], rel=0.1)
+    assert found[128] == pytest.approx(float(x.abs().max()), rel=0.05) != pytest.approx(found[1023], rel=0.5)
+
+
 def tensorrt_threshold(magnitudes: np.ndarray) -> float:
     counts, edges = np.histogram(magnitudes, bins=2048)
     best, threshold = math.inf, 0.0

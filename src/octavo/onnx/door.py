@@ -22,7 +22,7 @@ from octavo.numerics.snapshot import LayerSnapshot
 from octavo.numerics.store import Store
 from octavo.onnx.blocks import GraphWalk
 from octavo.onnx.calibration import Calibration, codes_of, observers_of, range_of, update
-from octavo.onnx.graph import GraphSite, facts_of, find_sites, macs_of
+from octavo.onnx.graph import GraphSite, facts_of, find_sites, macs_of, measured
 from octavo.onnx.marked import Found, Range, marked, quantizers_of, rounded, simulated
 from octavo.onnx.opening import open_graph
 from octavo.onnx.segments import Segments
@@ -55,15 +55,15 @@ class OnnxDoor:
         self._disabled: frozenset[str] = frozenset()
         self._sessions: dict[frozenset[str], Any] = {}
         self._observers: dict[str, Observer] = {}
+        self._segments: Segments | None = None  # what measured the sample serves calibration, too
 
     def _look(self) -> tuple[ir.Model, ModelFacts, dict[str, GraphSite]]:
         if self._known is None:
             model = open_graph(self.module.path)
             sites = find_sites(model)
             shapes = {} if self._sample is None else self._shapes(model, sites)
-            if shapes:
-                sites = [_with_macs(site, macs_of(site, shapes)) for site in sites]
-            self._know(model, sites, was_traced=bool(shapes))
+            sites = [_with_macs(site, macs_of(site, shapes)) for site in sites] if shapes else sites
+            self._know(model, sites, was_traced=self._sample is not None)
         assert self._known is not None
         return self._known
 
@@ -73,10 +73,9 @@ class OnnxDoor:
         self._known = model, facts, {site.facts.name: site for site in sites}
 
     def _shapes(self, model: ir.Model, sites: Sequence[GraphSite]) -> dict[str, tuple[int, ...]]:
-        """Shapes of everything that sites read and give, from one forward pass on the sample."""
-        values = [operand.value for site in sites for slot, operand in site.operands.items() if slot is not Slot.WEIGHT]
+        """Shapes that multiply-adds follow from, from one forward pass on the sample."""
         shapes: dict[str, tuple[int, ...]] = {}
-        segments = Segments(model, {str(value.name) for value in values})
+        self._segments = segments = Segments(model, {str(o.value.name) for site in sites for o in measured(site)})
 
         def run(arrays: Arrays) -> Arrays:
             return segments.run(dict(arrays), lambda name, value: shapes.update({name: value.shape}))
@@ -116,6 +115,7 @@ class OnnxDoor:
         """See ``Door.walk``: consecutive pieces of the graph, whose weights change in memory and not in the file."""
         assert self._plan is not None
         model, _, sites = self._look()
+        self._segments = None
         arrays = [self.module.arrays_of(batch) for batch in batches or ()]
         calibration = Calibration(model, self._plan, sites, self._settle)
         return GraphWalk(calibration, arrays, store, is_quantized=is_quantized, keeps=keeps_unquantized)
@@ -128,10 +128,12 @@ class OnnxDoor:
             if name in self._observers:
                 observer = self._observers[name]
                 tensors.setdefault(str(site.operands[slot].value.name), {})[id(observer)] = (name, observer)
-        segments = Segments(self._look()[0], tensors)
+        segments, self._segments = self._segments, None
+        if segments is None or not segments.observed.issuperset(tensors):
+            segments = Segments(self._look()[0], tensors)
 
         def look(tensor: str, value: np.ndarray[Any, Any]) -> None:
-            for name, observer in tensors[tensor].values():
+            for name, observer in tensors.get(tensor, {}).values():
                 update(name, observer, value)
 
         self.module.simulate(lambda arrays: segments.run(dict(arrays), look))
@@ -161,7 +163,7 @@ class OnnxDoor:
     def _settle(self, found: Found) -> None:
         self._found = found
         self._sessions.clear()
-        self._observers = {}
+        self._observers, self._segments = {}, None
 
     def expert_tokens(self) -> Mapping[str, Sequence[int]]:
         """See ``Door.expert_tokens``: a graph does not say which products are experts."""

@@ -310,6 +310,17 @@ def _inside_subgraphs(graph: ir.Graph) -> Iterator[ir.Value]:
                 yield from (value for value in node.inputs if value is not None and value.is_initializer())
 
 
+def measured(site: GraphSite) -> list[Operand]:
+    """The tensors whose shapes ``macs_of`` needs."""
+    slots: dict[str, tuple[Slot, ...]] = {
+        "linear": (Slot.INPUT,),
+        "conv": (Slot.OUTPUT,),
+        "conv_transposed": (Slot.INPUT,),
+        "attention": (Slot.QUERY, Slot.KEY),
+    }
+    return [site.operands[slot] for slot in slots.get(site.facts.operation, ())]
+
+
 def macs_of(site: GraphSite, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
     """Multiply-adds of a site, from the shapes of what it reads and gives."""
 
@@ -318,8 +329,8 @@ def macs_of(site: GraphSite, shapes: Mapping[str, tuple[int, ...]]) -> int | Non
 
     match site.facts.operation:
         case "linear":
-            out = shape(site.operands[Slot.OUTPUT])
-            return None if out is None else math.prod(out) * site.facts.weight_shape[1]
+            given = shape(site.operands[Slot.INPUT])
+            return None if given is None else math.prod(given) * site.facts.weight_shape[0]
         case "conv":
             out = shape(site.operands[Slot.OUTPUT])
             return None if out is None else math.prod(out) * site.facts.weight_shape[1]

@@ -35,6 +35,8 @@ def open_session(graph: Path | bytes) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.disable_quant_qdq", "1")
+    # Threads of one session that wait for work take the processor from another's, and from torch.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         source = graph if isinstance(graph, bytes) else str(graph)
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
