@@ -15,7 +15,7 @@ from torch import Tensor
 
 from octavo.numerics.door import Fold, InputGroup
 from octavo.numerics.hadamard import rotate
-from octavo.numerics.qtensor import QTensor
+from octavo.numerics.qtensor import QTensor, fake_quantize
 from octavo.numerics.statistics import Gatherer, InputStatistics, Need
 from octavo.spec.facts import Slot
 from octavo.spec.plan import ObserverSpec, QuantizerSpec
@@ -42,6 +42,7 @@ class TensorBlock:
         self.bias = {"last": torch.zeros(WIDTH)}
         self.fmt, self.input_format = fmt, input_format
         self.fixed: dict[str, QTensor] = {}
+        self.unrounded: dict[str, Tensor] = {}
         self.scales: dict[str, Tensor] = {}
         self.turns: dict[str, int] = {}
         self.branches: dict[str, tuple[Tensor, Tensor]] = {}
@@ -69,6 +70,18 @@ class TensorBlock:
     def write_bias(self, layer: str, value: Tensor) -> None:
         self.bias[layer] = value
 
+    def takes_bias(self, layer: str) -> bool:
+        return layer not in self.bias
+
+    def add_bias(self, layer: str, value: Tensor) -> None:
+        assert layer not in self.bias
+        self.bias[layer] = value
+
+    def rounding_error(self, layer: str) -> Tensor:
+        if layer in self.fixed:
+            return self.weights[layer].float() - self.unrounded[layer].float()
+        return fake_quantize(self.weights[layer], self.fmt).float() - self.weights[layer].float()
+
     def weight_spec(self, layer: str) -> QuantizerSpec:
         return QuantizerSpec(self.fmt, False, ObserverSpec())
 
@@ -90,6 +103,7 @@ class TensorBlock:
 
     def fix_weight(self, layer: str, value: QTensor) -> None:
         assert layer not in self.fixed
+        self.unrounded[layer] = self.weights[layer]
         self.fixed[layer] = value
         self.weights[layer] = value.dequantize(self.weights[layer].dtype)
 
@@ -149,7 +163,7 @@ class TensorBlock:
     def _forward(self, x: Tensor, given: Mapping[str, Tensor], ears: Mapping[str, Gatherer]) -> Tensor:
         hidden = self._layer("first", x, given, ears).relu()
         gated = self._layer("left", hidden, given, ears) * self._layer("right", hidden, given, ears).sigmoid()
-        return self._layer("last", gated, given, ears) + self.bias["last"]
+        return self._layer("last", gated, given, ears)
 
     def _layer(self, name: str, x: Tensor, given: Mapping[str, Tensor], ears: Mapping[str, Gatherer]) -> Tensor:
         if name in ears:
@@ -160,7 +174,7 @@ class TensorBlock:
         if name in self.branches:
             a, b = self.branches[name]
             output = output + x @ a.float().T @ b.float().T
-        return output
+        return output + self.bias[name] if name in self.bias else output
 
     def error(self, reference: TensorBlock) -> float:
         """Squared error of the outputs over the squares of the reference's."""

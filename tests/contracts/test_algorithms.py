@@ -133,3 +133,34 @@ def test_a_layer_without_data_is_left_with_the_reason():
     left = run(block, "gptq")
     assert set(left) == set(block.layers())
     assert "calibration" in left["first"] or "Gram" in left["first"]
+
+
+@pytest.mark.parametrize("before", [(), ("gptq",)], ids=["rounded to nearest", "fixed"])
+def test_bias_correction_gives_outputs_their_means_back(before):
+    reference, block = block_of("random", "int3-group32", None), block_of("random", "int3-group32", None)
+    steps = make_algorithms([make_step(name) for name in (*before, "bias_correction")])
+    block.gather(frozenset().union(*(algorithm.needs for _, algorithm in steps)))
+    for _, algorithm in steps:
+        assert not algorithm.apply(block, ["last"])
+    plain = block.copy()
+    plain.bias["last"] = torch.zeros(WIDTH)
+    for one in (block, plain):
+        if not before:
+            one.weights["last"] = fake_quantize(one.weights["last"], one.fmt)
+    corrected, uncorrected = (mean_output(one) - mean_output(reference) for one in (block, plain))
+    assert uncorrected.abs().max() > 1e-3
+    assert corrected.abs().max() < 1e-5
+
+
+def mean_output(block: TensorBlock) -> torch.Tensor:
+    return torch.cat([block.run(index)[0] for index in block.inputs()]).mean(0)
+
+
+def test_a_layer_without_bias_gets_one_only_if_asked():
+    block = block_of("random")
+    left = run(block, "bias_correction")
+    assert set(left) == {"first", "left", "right"}
+    assert "add" in left["first"]
+    ((_, algorithm),) = make_algorithms([make_step("bias_correction", {"add": True})])
+    assert not algorithm.apply(block, block.layers())
+    assert set(block.bias) == set(block.layers())

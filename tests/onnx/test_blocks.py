@@ -110,3 +110,24 @@ def test_statistics_are_those_of_what_the_layers_read(tmp_path: Path) -> None:
     assert torch.allclose(read["0.up"], normed.T @ normed, rtol=1e-3, atol=1e-1)
     assert set(door.quantizer_names()) == {name for name, _ in plan.quantizers()}
     assert all(Slot.INPUT in layer.activations for layer in door.snapshot().layers())
+
+
+def test_biases_take_out_mean_errors(tmp_path: Path) -> None:
+    """A sum behind a product is its bias; inputs here are far from zero, so most of the error is in the means."""
+    rng = np.random.default_rng(3)
+    model = empty(("x", ["n", WIDTH]))
+    weight = (rng.standard_normal((WIDTH, WIDTH)) / 8).astype(np.float32)
+    product = add(model.graph, "MatMul", model.graph.inputs[0], initializer(model.graph, "up.weight", weight))
+    zeros = initializer(model.graph, "up.bias", np.zeros(WIDTH, np.float32))
+    finish(model, add(model.graph, "Add", product, zeros))
+    model.opset_imports.pop("octavo")
+    ir.save(model, path := tmp_path / "g.onnx")
+    plain = "rules: [{select: 'operation:linear', scheme: {weight: int4-channel}}]"
+
+    def mean_error(recipe: str) -> float:
+        reference, quantized = open_model(path), open_model(path)
+        pipeline.quantize(quantized, read_recipe(recipe, "r.yaml"), [{"x": X + 3}])
+        (before,), (after,) = reference.model(X + 3).values(), quantized.model(X + 3).values()
+        return float((after - before).mean(0).abs().max())
+
+    assert mean_error(f"{plain}\nsteps: [bias_correction]") < 1e-4 < 0.05 < mean_error(plain)

@@ -48,6 +48,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from octavo.algorithms.awq import AwqAlgorithm
+from octavo.algorithms.bias_correction import BiasCorrectionAlgorithm
+from octavo.algorithms.double_quantization import DoubleQuantizationAlgorithm
 from octavo.algorithms.equalize import EqualizeAlgorithm
 from octavo.algorithms.gptq import GptqAlgorithm
 from octavo.algorithms.hqq import HqqAlgorithm
@@ -59,6 +61,8 @@ from octavo.algorithms.svdquant import SvdQuantAlgorithm
 from octavo.calibrate.algorithm import Algorithm
 from octavo.spec.steps import (
     Awq,
+    BiasCorrection,
+    DoubleQuantization,
     Equalize,
     Gptq,
     Hqq,
@@ -72,6 +76,7 @@ from octavo.spec.steps import (
 )
 
 ALGORITHMS: dict[type[Options], Callable[[Any], Algorithm]] = {
+    DoubleQuantization: DoubleQuantizationAlgorithm,
     Equalize: EqualizeAlgorithm,
     Awq: AwqAlgorithm,
     Rotate: RotateAlgorithm,
@@ -81,6 +86,7 @@ ALGORITHMS: dict[type[Options], Callable[[Any], Algorithm]] = {
     Gptq: GptqAlgorithm,
     LearnedRounding: LearnedRoundingAlgorithm,
     SmoothQuant: SmoothQuantAlgorithm,
+    BiasCorrection: BiasCorrectionAlgorithm,
 }
 
 

@@ -62,6 +62,8 @@ class ModelOptExporter:
         """Rotations at run time, and low-rank branches under other labels than ``NVFP4``."""
         found = []
         for step, sites in chosen.items():
+            if step.options.leaves == "bias" and sites:
+                found.append(f"step '{step.name}' may give biases to layers whose model has none; {_WAY_OUT}")
             extras = Extras(rotates=step.options.leaves == "rotation", rank=int(step.options.leaves == "low_rank"))
             for decision in plan.decisions:
                 if decision.site.name in sites and decision.site.operation == "linear":

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from octavo.nn.extras import INPUT_TRANSFORM, LOW_RANK, InputTransform
 from octavo.nn.layers import has_own_forward, layer_kind
+from octavo.nn.originals import give_bias
 from octavo.nn.quantizer import ActivationQuantizer, Quantizer, WeightQuantizer
 from octavo.nn.snapshot import stored_parameter
 from octavo.spec.facts import Slot
@@ -59,6 +60,16 @@ class BlockLayer:
         name = "in_proj_bias" if isinstance(self.owner, nn.MultiheadAttention) else "bias"
         found = self.owner._parameters.get(name)
         return found if found is None or found.shape[0] == self.quantizer.view.matrix_shape[-2] else None
+
+    @property
+    def takes_bias(self) -> bool:
+        """Its forward adds a bias where there is one; there is none."""
+        return self.is_plain and "bias" in self.owner._parameters and self.owner._parameters["bias"] is None
+
+    def add_bias(self, value: Tensor) -> None:
+        """Give a bias to a layer without."""
+        assert self.takes_bias, "it has one, or its forward would not add it"
+        give_bias(self.owner, value, self.parameter)
 
     @property
     def transform(self) -> InputTransform | None:

@@ -105,6 +105,8 @@ class TorchBlock:
         self._targets: list[KeptTree] = []
         self._reference: list[Tensor] | None = None
         self._has_folded = False
+        self._needs: frozenset[Need] = frozenset()
+        self._unrounded: dict[str, Tensor] = {}
 
     # What an algorithm reads
 
@@ -120,6 +122,14 @@ class TorchBlock:
         """See ``Block.read_bias``."""
         bias = self._layers[layer].bias
         return None if bias is None else bias.detach()
+
+    def takes_bias(self, layer: str) -> bool:
+        """See ``Block.takes_bias``."""
+        return self._layers[layer].takes_bias
+
+    def add_bias(self, layer: str, value: Tensor) -> None:
+        """See ``Block.add_bias``."""
+        self._layers[layer].add_bias(value)
 
     def weight_spec(self, layer: str) -> QuantizerSpec:
         """See ``Block.weight_spec``."""
@@ -179,7 +189,21 @@ class TorchBlock:
     def fix_weight(self, layer: str, value: QTensor) -> None:
         """See ``Block.fix_weight``."""
         found = self._layers[layer]
+        if Need.UNROUNDED in self._needs:
+            self._unrounded[layer] = found.matrix.clone()
         found.quantizer.fix(found.parameter, value)
+
+    @torch.no_grad()
+    def rounding_error(self, layer: str) -> Tensor:
+        """See ``Block.rounding_error``."""
+        found = self._layers[layer]
+        if found.quantizer.is_fixed:
+            return found.matrix.float() - self._unrounded[layer].float()
+        before = found.quantizer.mode
+        self._find_ranges([layer])
+        rounded = found.quantizer.view.to_matrix(found.quantizer(found.parameter.detach()))
+        found.quantizer.mode = before
+        return rounded.float() - found.matrix.float()
 
     def fixed_outer(self, layer: str) -> Tensor | None:
         """See ``Block.fixed_outer``."""
@@ -305,6 +329,7 @@ class TorchBlock:
     @torch.no_grad()
     def gather(self, needs: frozenset[Need]) -> None:
         """See ``Block.gather``."""
+        self._needs = needs
         ears = _Ears(self._layers, needs, self.feed.num_batches, pairs=Need.CROSS in needs and self._keeps_full)
         with self._listening(ears), self._modes(self._observing_mode):
             for index in self.inputs():
@@ -337,12 +362,16 @@ class TorchBlock:
         for q in self._quantizers:
             if isinstance(q, ActivationQuantizer) and q.spec.is_dynamic:
                 q.mode = Mode.QUANTIZE
+        self._find_ranges(self._layers)
+        return off
+
+    def _find_ranges(self, names: Iterable[str]) -> None:
+        """Ranges of weights; those that engines join agree on the scale of their scales."""
         fused = self._fused_members()
         shared, known = shared_amaxes(fused), fixed_outers(fused)
-        for layer in self._layers.values():
-            quantizer = layer.quantizer
-            quantizer.find_range(layer.parameter, shared.get(quantizer), known.get(quantizer))
-        return off
+        for name in names:
+            layer = self._layers[name]
+            layer.quantizer.find_range(layer.parameter, shared.get(layer.quantizer), known.get(layer.quantizer))
 
     def _fused_members(self) -> list[list[Member]]:
         """Weights that engines join."""
@@ -366,7 +395,7 @@ class TorchBlock:
         self.feed.release()
         for kept in self._targets:
             kept.drop()
-        self._targets, self._reference, self._statistics = [], None, {}
+        self._targets, self._reference, self._statistics, self._unrounded = [], None, {}, {}
         return error
 
     # How that is done

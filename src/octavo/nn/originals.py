@@ -12,6 +12,7 @@ from octavo.errors import UserError
 
 _KEPT = "octavo_kept"
 _CHANGED = "octavo_changed_by"
+_ADDED_BIAS = "octavo_added_bias"
 
 
 @contextmanager
@@ -62,10 +63,18 @@ def require_way_back(model: nn.Module) -> None:
             )
 
 
+def give_bias(module: nn.Module, value: Tensor, like: nn.Parameter) -> None:
+    """A bias for a layer without; ``give_back`` takes it away again."""
+    module._parameters["bias"] = nn.Parameter(value.to(like.device, like.dtype), like.requires_grad)
+    vars(module)[_ADDED_BIAS] = True
+
+
 @torch.no_grad()
 def give_back(model: nn.Module) -> None:
     """Write the kept originals into their tensors, and forget what happened."""
     for module in model.modules():
+        if vars(module).pop(_ADDED_BIAS, False):
+            module._parameters["bias"] = None
         kept = vars(module).pop(_KEPT, {})
         vars(module).pop(_CHANGED, None)
         for key, tensor in _tensors(module):

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from octavo.errors import UserError
 from octavo.nn.block_layers import BlockLayer, block_layers
 from octavo.nn.extras import INPUT_TRANSFORM, LOW_RANK, InputTransform, LowRank
+from octavo.nn.layers import layer_kind
+from octavo.nn.originals import give_bias
 from octavo.nn.parametrized import make_plain_for_good, sources_of
 from octavo.nn.quantizer import ActivationQuantizer, Mode
 from octavo.nn.surgery import quantizers
@@ -110,6 +112,9 @@ def load_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     for path, module in model.named_modules():
         if sources_of(module) and f"{path}.weight".strip(".") in tensors:
             make_plain_for_good(module)
+        bias = tensors.get(f"{path}.bias".strip("."))
+        if bias is not None and layer_kind(module) is not None and module._parameters.get("bias", bias) is None:
+            give_bias(module, bias, next(module.parameters(recurse=False)))
     try:
         result: Any = model.load_state_dict(tensors, strict=False)
     except RuntimeError as error:

@@ -101,6 +101,14 @@ class Block(Protocol):
         """Replace a bias that is there."""
         ...
 
+    def takes_bias(self, layer: str) -> bool:
+        """Whether ``add_bias`` is possible."""
+        ...
+
+    def add_bias(self, layer: str, value: Tensor) -> None:
+        """Give a bias ``(out_features,)`` to a layer without."""
+        ...
+
     def weight_spec(self, layer: str) -> QuantizerSpec:
         """What the plan gives the weight."""
         ...
@@ -126,6 +134,14 @@ class Block(Protocol):
 
     def fix_weight(self, layer: str, value: QTensor) -> None:
         """The layer's weight from now on: exactly these codes and scales, in simulation and in files."""
+        ...
+
+    def rounding_error(self, layer: str) -> Tensor:
+        """``(..., out_features, in_features)`` fp32: a layer's weight as it is simulated minus as it was before. Needs
+        ``UNROUNDED``.
+
+        One that no step has fixed is rounded to nearest for it, as ``settle`` will.
+        """
         ...
 
     def fixed_outer(self, layer: str) -> Tensor | None:

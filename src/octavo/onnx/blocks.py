@@ -24,7 +24,6 @@ from octavo.numerics.statistics import Gatherer, InputStatistics, Need
 from octavo.numerics.store import Store
 from octavo.numerics.tensor_error import relative_error
 from octavo.onnx.calibration import Calibration
-from octavo.onnx.fake_quantize import operand
 from octavo.onnx.graph import GraphSite
 from octavo.onnx.segments import reads
 from octavo.onnx.sessions import session_of
@@ -156,10 +155,35 @@ class GraphBlock:
         return self.calibration.read_weight(layer)
 
     def read_bias(self, layer: str) -> Tensor | None:
-        """See ``Block.read_bias``: of Gemm and Conv; the sum behind a MatMul is a node of its own."""
-        node = self._sites[layer].product
-        bias = operand(node, 2) if node is not None and node.op_type in ("Gemm", "Conv") else None
-        return None if bias is None else tensor_of(bias)
+        """See ``Block.read_bias``: of Gemm and Conv, and what the sum behind a MatMul adds to it."""
+        value = self._bias(layer)
+        return None if value is None or value.const_value is None else tensor_of(value.const_value.numpy())
+
+    def _bias(self, layer: str) -> ir.Value | None:
+        """The initializer that nothing but this layer's output is added to."""
+        node, width = self._sites[layer].product, self._sites[layer].facts.weight_shape[0]
+        if node is None:
+            return None
+        users = list(node.outputs[0].consumers())
+        if node.op_type in ("Gemm", "Conv"):
+            found = node.inputs[2] if len(node.inputs) > 2 else None
+        elif (
+            node.op_type == "MatMul" and len(users) == 1 and users[0].op_type == "Add" and users[0] in self.piece.nodes
+        ):
+            found = next((value for value in users[0].inputs if value is not None and value.is_initializer()), None)
+        else:
+            found = None
+        if found is None or found.const_value is None or len(found.consumers()) != 1:
+            return None
+        return found if tuple(found.const_value.shape.numpy()) == (width,) else None
+
+    def takes_bias(self, layer: str) -> bool:
+        """See ``Block.takes_bias``: a graph's nodes stay as they are."""
+        return False
+
+    def add_bias(self, layer: str, value: Tensor) -> None:
+        """See ``Block.add_bias``; a graph gets no biases."""
+        raise UserError(f"layer '{layer}': a graph gets no biases that it had not: quantize the torch model")
 
     def weight_spec(self, layer: str) -> QuantizerSpec:
         """See ``Block.weight_spec``."""
@@ -215,14 +239,20 @@ class GraphBlock:
 
     def write_bias(self, layer: str, value: Tensor) -> None:
         """See ``Block.write_bias``."""
-        node = self._sites[layer].product
-        assert node is not None
-        assert node.inputs[2] is not None
-        self.calibration.write(str(node.inputs[2].name), value)
+        found = self._bias(layer)
+        assert found is not None, "there is no bias to write to"
+        self.calibration.write(str(found.name), value)
 
     def fix_weight(self, layer: str, value: QTensor) -> None:
         """See ``Block.fix_weight``."""
         self.calibration.weights[layer] = value
+
+    def rounding_error(self, layer: str) -> Tensor:
+        """See ``Block.rounding_error``; a fixed weight's initializer stays as it was."""
+        rounded = self.calibration.weights.get(layer)
+        rounded = self.calibration.rounded(layer) if rounded is None else rounded
+        values = rounded.dequantize() if isinstance(rounded, QTensor) else rounded
+        return values.float() - self.read_weight(layer)
 
     def fixed_outer(self, layer: str) -> Tensor | None:
         """See ``Block.fixed_outer``."""

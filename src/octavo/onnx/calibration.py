@@ -57,6 +57,12 @@ class Calibration:
         """``(out_features, in_features)``, as it is now."""
         return matrix_of(self.sites[layer], self.model)
 
+    def rounded(self, layer: str) -> QTensor:
+        """A weight's codes as ``settle`` would find them."""
+        spec = self.weight_spec(layer)
+        assert spec is not None
+        return codes_of(quantizer_name(layer, Slot.WEIGHT), spec, self.sites[layer], self.model)
+
     def write_weight(self, layer: str, value: Tensor) -> None:
         """Replace a weight by a matrix."""
         view = self.sites[layer].view

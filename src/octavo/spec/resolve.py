@@ -10,7 +10,8 @@ How rules combine, for every slot of every site:
    never through a broad one (``*input_quantizer``).
 4. A site with an obstacle stays as it is, and says why. A site that uses another's parameter is decided there.
 5. A target rewrites what the rules gave: zero points, weight bits, granularity (``spec/targets.py``).
-6. Every pattern of a rule must match something, and every slot of a scheme must exist at one of the selected sites,
+6. A double quantization among the recipe's steps rewrites the formats of scales (``spec/double_quantization.py``).
+7. Every pattern of a rule must match something, and every slot of a scheme must exist at one of the selected sites,
    unless the rule is optional. A format that does not fit a weight, and a recipe that quantizes nothing, are errors.
 """
 
@@ -22,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from typing import assert_never
 
 from octavo.errors import UserError
+from octavo.spec.double_quantization import with_doubled_scales
 from octavo.spec.element import IntFormat
 from octavo.spec.experts import format_for
 from octavo.spec.facts import QUANTIZER_NAMES, ModelFacts, Role, SiteFacts, Slot
@@ -46,6 +48,7 @@ def resolve(recipe: Recipe, facts: ModelFacts, target: str = "") -> Plan:
     runtime = target_named(target)
     rules = [_bind(recipe, index, facts) for index in range(len(recipe.rules))]
     decisions = tuple(for_target(_decide(site, rules), runtime) for site in facts.sites)
+    decisions = with_doubled_scales(decisions, recipe.steps)
     _refuse_misfits(decisions)
     warnings = (*_warnings(rules, facts), *_unreached(decisions), *_costs(decisions))
     experts = recipe.calibration.experts if facts.experts else None

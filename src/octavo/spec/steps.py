@@ -33,8 +33,11 @@ class Options(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: ClassVar[str] = ""
-    leaves: ClassVar[str] = ""
-    """What stays beside a layer for sure: ``low_rank`` or ``rotation``. Scales of inputs may be folded."""
+
+    @property
+    def leaves(self) -> str:
+        """What stays beside a layer for sure: ``low_rank``, ``rotation``, ``bias``; scales of inputs may be folded."""
+        return ""
 
 
 class SmoothQuant(Options):
@@ -89,9 +92,13 @@ class SvdQuant(Options):
     """Puts a low-rank branch in full precision beside a weight (arXiv:2411.05007); later steps round the rest."""
 
     name: ClassVar[str] = "svdquant"
-    leaves: ClassVar[str] = "low_rank"
     rank: int = Field(default=32, ge=1)
     iterations: int = Field(default=2, ge=1)
+
+    @property
+    def leaves(self) -> str:
+        """See ``Options.leaves``."""
+        return "low_rank"
 
 
 class Rotate(Options):
@@ -101,8 +108,12 @@ class Rotate(Options):
     """
 
     name: ClassVar[str] = "rotate"
-    leaves: ClassVar[str] = "rotation"
     block: Annotated[int, Field(ge=2)] | Literal["group", "whole"] = "group"
+
+    @property
+    def leaves(self) -> str:
+        """See ``Options.leaves``."""
+        return "rotation"
 
 
 class Equalize(Options):
@@ -120,6 +131,34 @@ class Hqq(Options):
     iterations: int = Field(default=20, ge=1)
 
 
+class DoubleQuantization(Options):
+    """Stores the scales of groups in 8 bits, in blocks with an fp32 scale, around their mean (arXiv:2305.14314, 3).
+
+    ``scales`` is their element, ``block`` how many share a scale, ``centre`` whether their mean is subtracted first.
+    Where the step stands does not matter: all others know how scales will be stored.
+    """
+
+    name: ClassVar[str] = "double_quantization"
+    scales: Literal["dynamic8", "e4m3", "e5m2", "int8"] = "dynamic8"
+    block: int = Field(default=256, ge=2)
+    centre: bool = True
+
+
+class BiasCorrection(Options):
+    """Takes what rounding a weight adds to the mean of each output out of the bias again (arXiv:1906.04721, 4.2).
+
+    Comes last; weights that no step has rounded are rounded to nearest. ``add`` gives a bias to layers without one.
+    """
+
+    name: ClassVar[str] = "bias_correction"
+    add: bool = False
+
+    @property
+    def leaves(self) -> str:
+        """See ``Options.leaves``."""
+        return "bias" if self.add else ""
+
+
 class LearnedRounding(Options):
     """Learns how all weights of a block are rounded from its outputs, by signed gradients (arXiv:2309.05516)."""
 
@@ -129,7 +168,20 @@ class LearnedRounding(Options):
 
 
 STEPS: dict[str, type[Options]] = {
-    cls.name: cls for cls in (Equalize, SmoothQuant, Awq, Rotate, SvdQuant, ScaleSearch, Hqq, Gptq, LearnedRounding)
+    cls.name: cls
+    for cls in (
+        DoubleQuantization,
+        Equalize,
+        SmoothQuant,
+        Awq,
+        Rotate,
+        SvdQuant,
+        ScaleSearch,
+        Hqq,
+        Gptq,
+        LearnedRounding,
+        BiasCorrection,
+    )
 }
 
 
