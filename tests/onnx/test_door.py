@@ -80,6 +80,42 @@ def test_both_doors_find_the_same_ranges_and_codes(file: Path, target: str) -> N
         assert torch.allclose(torch_run.model(X), next(iter(graph_run.model(X).values())), atol=0.03)
 
 
+class Joined(nn.Module):
+    """Three products of one input, which engines join, and one more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k, self.v = (nn.Linear(128, 128) for _ in range(3))
+        self.k.weight.data *= 5
+        self.out = nn.Linear(128, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.out(torch.tanh(self.q(x) + self.k(x) * self.v(x)))
+        return out
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    ["int4-group", "int4-group-asymmetric", "int4-group-full-range", "int8-weight-only", "nvfp4-weight-only"],
+)
+def test_both_doors_store_the_same_weights(tmp_path: Path, recipe: str) -> None:
+    x = torch.randn(4, 128, generator=torch.Generator().manual_seed(1))
+    program = torch.onnx.export(Joined().eval(), (x,), dynamo=True, opset_version=18)
+    assert program is not None
+    program.save(tmp_path / "joined.onnx")
+    models = (Joined(), open_model(tmp_path / "joined.onnx"))
+    runs = [pipeline.quantize(model, recipe, sample=(x,)) for model in models]
+    ours, theirs = ({layer.name: layer.weight for layer in run.door.snapshot().layers()} for run in runs)
+    assert ours.keys() == theirs.keys() == {"q", "k", "v", "out"}
+    for name, weight in ours.items():
+        twin = theirs[name]
+        assert weight is not None
+        assert twin is not None
+        assert torch.equal(weight.codes, twin.codes)
+        assert torch.equal(weight.dequantize(), twin.dequantize())
+
+
 @pytest.mark.parametrize("recipe", ["int8", "fp8", "int8-dynamic", "nvfp4-weight-only", "int4-group"])
 def test_a_run_of_a_graph_comes_back_and_becomes_a_file(file: Path, tmp_path: Path, recipe: str) -> None:
     if recipe in ("int4-group", "nvfp4-weight-only"):  # groups want wider layers
@@ -196,3 +232,16 @@ def test_control_flow_is_left_alone_with_a_reason(tmp_path: Path) -> None:
     out = pipeline.export_graph(run, tmp_path / "q.onnx")
     assert out.record.output.endswith("q.onnx")
     assert any(node.op_type == "If" for node in ir.load(tmp_path / "q.onnx").graph)
+
+
+def test_pieces_of_a_graph_without_shapes_know_what_goes_into_them(tmp_path: Path) -> None:
+    names = [f"w{i}" for i in range(20)]
+    flow = ["x", *(f"h{i}" for i in range(19)), "y"]
+    nodes = [helper.make_node("MatMul", [a, w], [b]) for a, w, b in zip(flow[:-1], names, flow[1:], strict=True)]
+    weights = [helper.make_tensor(name, TensorProto.FLOAT, (4, 4), np.eye(4).ravel()) for name in names]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 4]) for name in ("x", "y")]
+    graph = helper.make_graph(nodes, "chain", ends[:1], ends[1:], weights)
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    (tmp_path / "chain.onnx").write_bytes(proto.SerializeToString())
+    run = pipeline.quantize(open_model(tmp_path / "chain.onnx"), "int8", [{"x": torch.eye(4)}])
+    assert len(run.door.activation_scales()) == 20

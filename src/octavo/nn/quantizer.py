@@ -17,17 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from octavo.backends.codes import quantize
-from octavo.backends.simulate import fake_quantize, format_key, loops_for, range_of
+from octavo.backends.simulate import fake_quantize, format_key
+from octavo.backends.weight_ranges import weight_range
 from octavo.errors import UserError
 from octavo.nn.packed import PackedTensor, blank_scale
 from octavo.nn.views import WeightView
 from octavo.numerics.observers import NotFiniteError, Observer, make_observer
 from octavo.numerics.qtensor import QTensor, quantize_scale
-from octavo.numerics.scale_search import outer_scale, search_scales
-from octavo.numerics.scaling import outer_scale_from_amax, scale_from_range, search_scale
+from octavo.numerics.scaling import outer_scale_from_amax, scale_from_range
 from octavo.spec.facts import Slot
 from octavo.spec.plan import QuantizerSpec
-from octavo.spec.tensor_format import ScaleRule, one_level
+from octavo.spec.tensor_format import one_level
 
 
 class Mode(Enum):
@@ -315,32 +315,13 @@ class WeightQuantizer(Quantizer):
         if self.is_fixed:
             self.mode = Mode.QUANTIZE
             return
-        matrix, fmt = self.view.to_matrix(weight), self.spec.format
+        matrix = self.view.to_matrix(weight)
         if not bool(torch.isfinite(matrix).all()):
             raise NotFiniteError(f"quantizer '{self.name}': the weight holds NaN or inf; the checkpoint is damaged")
-        if fmt.is_plain:
+        if self.spec.format.is_plain:
             self.mode = Mode.QUANTIZE
-        elif self.spec.observer.name == "mse":
-            self.set_range(*self._searched(matrix, shared_amax, outer))
-        elif fmt.is_nested:
-            if outer is None and shared_amax is not None:
-                outer = outer_scale_from_amax(shared_amax, fmt)
-            found = quantize(matrix, fmt, outer_scale=outer)
-            assert found.scale is not None
-            self.set_range(found.scale, found.zero_point)
         else:
-            self.set_range(*range_of(matrix, fmt))
-
-    def _searched(
-        self, matrix: Tensor, shared_amax: Tensor | None, outer: Tensor | None
-    ) -> tuple[Tensor | QTensor, Tensor | None]:
-        fmt = self.spec.format
-        # full-range wants larger scales than its rule's, too: the other end saturates
-        if fmt.is_symmetric and not fmt.is_nested and fmt.scale_rule is not ScaleRule.FULL_RANGE:
-            return search_scale(matrix, fmt, loops=loops_for(matrix, fmt)), None
-        if outer is None and shared_amax is not None and fmt.is_nested:
-            outer = outer_scale(shared_amax, fmt)
-        return search_scales(matrix, fmt, outer=outer)
+            self.set_range(*weight_range(matrix, self.spec, shared_amax=shared_amax, outer=outer))
 
     @property
     def fixed_outer(self) -> Tensor | None:

@@ -23,7 +23,7 @@ from octavo.numerics.qtensor import QTensor
 from octavo.numerics.statistics import Gatherer, InputStatistics, Need
 from octavo.numerics.store import Store
 from octavo.numerics.tensor_error import relative_error
-from octavo.onnx.calibration import Calibration
+from octavo.onnx.calibration import Calibration, outer_of
 from octavo.onnx.graph import GraphSite
 from octavo.onnx.segments import reads
 from octavo.onnx.sessions import session_of
@@ -256,9 +256,7 @@ class GraphBlock:
 
     def fixed_outer(self, layer: str) -> Tensor | None:
         """See ``Block.fixed_outer``."""
-        weight = self.calibration.weights.get(layer)
-        scales = weight.scale if isinstance(weight, QTensor) else None
-        return scales.scale if isinstance(scales, QTensor) and isinstance(scales.scale, Tensor) else None
+        return outer_of(self.calibration.weights.get(layer))
 
     def set_pre_scale(self, group: InputGroup, scale: Tensor) -> None:
         """See ``Block.set_pre_scale``: into the norm."""

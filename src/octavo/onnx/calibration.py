@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,12 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from octavo.backends.codes import quantize
+from octavo.backends.weight_ranges import weight_range
 from octavo.numerics.arrays import array_of, tensor_of
 from octavo.numerics.observers import NotFiniteError, Observer, make_observer
-from octavo.numerics.qtensor import QTensor, quantize
-from octavo.numerics.scaling import scale_from_range, search_scale
+from octavo.numerics.qtensor import QTensor
+from octavo.numerics.scaling import scale_from_range
 from octavo.onnx.graph import GraphSite
 from octavo.onnx.marked import Found, Range, quantizers_of, simulated
 from octavo.spec.facts import Slot
@@ -31,9 +34,18 @@ class Calibration:
         plan: What it was prepared with.
         sites: Site name -> site.
         publish: Told what is found whenever a block is settled.
+        observers: Those that have looked already; new ones unless given.
     """
 
-    def __init__(self, model: ir.Model, plan: Plan, sites: Sites, publish: Callable[[Found], None]) -> None:
+    def __init__(
+        self,
+        model: ir.Model,
+        plan: Plan,
+        sites: Sites,
+        publish: Callable[[Found], None],
+        *,
+        observers: Mapping[str, Observer] | None = None,
+    ) -> None:
         self.model = model
         self.sites = sites
         self.weights: dict[str, QTensor | Tensor] = {}
@@ -41,7 +53,7 @@ class Calibration:
         self._publish = publish
         self._specs = {decision.site.name: decision.scheme for decision in plan.decisions}
         self._quantizers = quantizers_of(plan, sites)
-        self._observers = observers_of(plan, sites)
+        self._observers = observers_of(plan, sites) if observers is None else dict(observers)
         self._ranges: dict[str, Range] = {}
         self._off = {name for name, _, _, _ in self._quantizers}
 
@@ -59,9 +71,8 @@ class Calibration:
 
     def rounded(self, layer: str) -> QTensor:
         """A weight's codes as ``settle`` would find them."""
-        spec = self.weight_spec(layer)
-        assert spec is not None
-        return codes_of(quantizer_name(layer, Slot.WEIGHT), spec, self.sites[layer], self.model)
+        joined = next((names for names in self._plan.fused_weights() if layer in names), (layer,))
+        return self._codes(layer, joined, self._shared_amaxes(set(joined)))
 
     def write_weight(self, layer: str, value: Tensor) -> None:
         """Replace a weight by a matrix."""
@@ -102,11 +113,15 @@ class Calibration:
         """
         off: dict[str, str] = {}
         inside = set(sites)
+        shared, joined = self._shared_amaxes(inside), self._plan.fused_weights()
         for name, spec, site, slot in self._quantizers:
             if site.facts.name not in inside:
                 continue
             if slot is Slot.WEIGHT:
-                self.weights.setdefault(site.facts.name, codes_of(name, spec, site, self.model))
+                own = site.facts.name
+                if own not in self.weights:
+                    group = next((names for names in joined if own in names), ())
+                    self.weights[own] = self._codes(own, group, shared)
             elif name in self._observers:
                 found = range_of(self._observers[name], spec)
                 if isinstance(found, str):
@@ -116,6 +131,28 @@ class Calibration:
             self._off.discard(name)
         self._publish(Found(dict(self._ranges), dict(self.weights), tuple(self._off)))
         return off
+
+    def _codes(self, layer: str, joined: Iterable[str], shared: Mapping[str, Tensor]) -> QTensor:
+        """A weight's codes; ``joined`` are the layers that engines compute as one with it."""
+        spec = self.weight_spec(layer)
+        assert spec is not None
+        known = () if layer in shared else (outer_of(self.weights.get(other)) for other in joined)
+        outer = next((outer for outer in known if outer is not None), None)
+        name, matrix = quantizer_name(layer, Slot.WEIGHT), self.read_weight(layer)
+        return codes_of(name, spec, matrix, shared_amax=shared.get(layer), outer=outer)
+
+    def _shared_amaxes(self, inside: AbstractSet[str]) -> dict[str, Tensor]:
+        """Site -> the largest magnitude of all weights that share the scale of their scales with its own.
+
+        Engines compute such layers as one. Where an algorithm fixed one of them, the others take its scale instead.
+        """
+        found: dict[str, Tensor] = {}
+        for group in self._plan.fused_weights():
+            names = inside & set(group)
+            if len(names) > 1 and not self.weights.keys() & names:
+                largest = torch.stack([self.read_weight(name).abs().amax() for name in names]).amax()
+                found |= dict.fromkeys(names, largest)
+        return found
 
     def simulated(self, sites: Iterable[str]) -> ir.Model:
         """The graph with the quantizers of these sites, which are settled."""
@@ -174,10 +211,24 @@ def range_of(observer: Observer, spec: QuantizerSpec) -> Range | str:
 
 
 @torch.no_grad()
-def codes_of(name: str, spec: QuantizerSpec, site: GraphSite, model: ir.Model) -> QTensor:
-    """A weight's codes, its range found by the plan's observer."""
-    matrix = matrix_of(site, model)
+def codes_of(
+    name: str,
+    spec: QuantizerSpec,
+    matrix: Tensor,
+    *,
+    shared_amax: Tensor | None = None,
+    outer: Tensor | None = None,
+) -> QTensor:
+    """A weight's codes, its range found as the plan says; ``shared_amax`` and ``outer`` as for ``weight_range``."""
     if not bool(torch.isfinite(matrix).all()):
         raise NotFiniteError(f"quantizer '{name}': the weight holds NaN or inf; the file is damaged")
-    scale = search_scale(matrix, spec.format) if spec.observer.name == "mse" else None
-    return quantize(matrix, spec.format, scale=scale)
+    if spec.format.is_plain:
+        return quantize(matrix, spec.format)
+    scale, points = weight_range(matrix, spec, shared_amax=shared_amax, outer=outer)
+    return quantize(matrix, spec.format, scale=scale, zero_point=points)
+
+
+def outer_of(weight: QTensor | Tensor | None) -> Tensor | None:
+    """The scale of a weight's scales, in a format that has one per tensor."""
+    scales = weight.scale if isinstance(weight, QTensor) else None
+    return scales.scale if isinstance(scales, QTensor) and isinstance(scales.scale, Tensor) else None

@@ -21,7 +21,7 @@ from octavo.numerics.qtensor import QTensor
 from octavo.numerics.snapshot import LayerSnapshot
 from octavo.numerics.store import Store
 from octavo.onnx.blocks import GraphWalk
-from octavo.onnx.calibration import Calibration, codes_of, observers_of, range_of, update
+from octavo.onnx.calibration import Calibration, observers_of, update
 from octavo.onnx.graph import GraphSite, facts_of, find_sites, macs_of, measured
 from octavo.onnx.marked import Found, Range, marked, quantizers_of, rounded, simulated
 from octavo.onnx.opening import open_graph
@@ -144,21 +144,9 @@ class OnnxDoor:
 
     def finish_calibration(self) -> Mapping[str, str]:
         """See ``Door.finish_calibration``. Weights are looked at here, once."""
-        model = self._look()[0]
-        ranges: dict[str, Range] = {}
-        off: dict[str, str] = {}
-        weights: dict[str, QTensor | Tensor] = {}
-        for name, spec, site, slot in self._quantizers():
-            if slot is Slot.WEIGHT:
-                weights[site.facts.name] = codes_of(name, spec, site, model)
-            elif name in self._observers:
-                found = range_of(self._observers[name], spec)
-                if isinstance(found, str):
-                    off[name] = found
-                else:
-                    ranges[name] = found
-        self._settle(Found(ranges, weights, tuple(off)))
-        return off
+        assert self._plan is not None
+        model, _, sites = self._look()
+        return Calibration(model, self._plan, sites, self._settle, observers=self._observers).settle(sites)
 
     def _settle(self, found: Found) -> None:
         self._found = found

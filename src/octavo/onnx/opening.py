@@ -42,6 +42,8 @@ def open_graph(path: Path) -> ir.Model:
         model = rewrite(model, pattern_rewrite_rules=_RULES)
         common.RemoveUnusedNodesPass()(model)
     _name_nodes(model.graph)
+    if any(value.type is None for node in model.graph for value in node.outputs if value.name):
+        common.ShapeInferencePass()(model)  # a piece of a graph says what goes into it
     return model
 
 
