@@ -351,6 +351,7 @@ def export(
     target: str = "",
     sample: Any = None,
     dtype: torch.dtype | None = None,
+    use_cache: bool = True,
     trust_remote_code: bool = False,
 ) -> Path:
     """Write the checkpoint ``path`` that inference engines load.
@@ -362,6 +363,7 @@ def export(
         target: Where the files will run; the run's own unless given.
         sample: One batch for a layout that traces the model; made up where the model's files tell what it takes.
         dtype: What floating tensors that stay unquantized are cast to; ``None``: as they are.
+        use_cache: A decoder's graph takes the keys and values of earlier tokens, and gives those of all.
         trust_remote_code: Copy the model's Python files, too.
 
     Raises:
@@ -377,8 +379,11 @@ def export(
             target=target,
             sample=sample,
             float_dtype=dtype,
+            use_cache=use_cache,
             trust_remote_code=trust_remote_code,
         )
+    if not use_cache:
+        raise UserError(f"layout '{layout}' has no cache to leave out: only {', '.join(MODEL_EXPORTERS)} writes one")
     if isinstance(run, Run):
         snapshot: Snapshot = run.door.snapshot()
         the_plan, directory = run.plan, run.loaded.directory
@@ -442,6 +447,7 @@ def _export_model(
     target: str,
     sample: Any,
     float_dtype: torch.dtype | None,
+    use_cache: bool = True,
     trust_remote_code: bool,
 ) -> Path:
     """Write a layout that is made from the model itself."""
@@ -457,6 +463,7 @@ def _export_model(
         batch,
         out=out,
         float_dtype=float_dtype,
+        use_cache=use_cache,
         trust_remote_code=trust_remote_code,
     )
 

@@ -151,6 +151,10 @@ def export(
             help="What floating tensors that stay unquantized are cast to: bfloat16, float16.",
         ),
     ] = None,
+    cache: Annotated[
+        bool,
+        typer.Option("--cache/--no-cache", help="For onnx: a language model takes keys and values of earlier tokens."),
+    ] = True,
     trust_remote_code: opt.TrustRemoteCode = False,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
@@ -169,6 +173,7 @@ def export(
         target=target,
         sample=batch,
         dtype=float_dtype(dtype),
+        use_cache=cache,
         trust_remote_code=trust_remote_code,
     )
     size = sum(file.stat().st_size for file in written.rglob("*") if file.is_file())

@@ -90,6 +90,7 @@ class ModelExporter(Protocol):
         sample: Any,
         *,
         float_dtype: torch.dtype | None,
+        use_cache: bool = True,
     ) -> None:
         """Write the files into ``directory``.
 
@@ -100,6 +101,7 @@ class ModelExporter(Protocol):
             layers: Its snapshot.
             sample: One batch for a traced forward.
             float_dtype: Type of everything that is not quantized; ``None``: as it is.
+            use_cache: A decoder takes the keys and values of earlier tokens, where it can.
 
         Raises:
             UserError: the model cannot be traced or written.
@@ -141,6 +143,7 @@ def written_from_model(
     *,
     out: Path,
     float_dtype: torch.dtype | None,
+    use_cache: bool = True,
     trust_remote_code: bool = False,
 ) -> Path:
     """The checkpoint ``out`` of a layout that needs the model, whole or not at all; see ``Exporter.write``."""
@@ -152,7 +155,7 @@ def written_from_model(
         source_directory=loaded.directory,
         trust_remote_code=trust_remote_code,
     ) as partial:
-        writer.fill(partial, loaded, plan, layers, sample, float_dtype=float_dtype)
+        writer.fill(partial, loaded, plan, layers, sample, float_dtype=float_dtype, use_cache=use_cache)
     return out
 
 

@@ -24,7 +24,7 @@ from octavo.onnx.fusion import fusion_of
 from octavo.onnx.layout import MANIFEST
 from octavo.onnx.lower import AXES, WEIGHT
 from octavo.onnx.runners import Runner, open_runner
-from octavo.onnx.stages import Stage, stages
+from octavo.onnx.stages import Stage, rounds
 from octavo.sources import LoadedModel
 from octavo.spec.element import IntFormat
 from octavo.spec.facts import QUANTIZER_NAMES
@@ -33,6 +33,7 @@ MOST_CODES_OFF = 0.001
 MOST_COSINE_LOST = 0.002
 
 Array = np.ndarray[Any, Any]
+_Outputs = dict[str, Array]
 _Layers = Mapping[str, LayerSnapshot]
 
 
@@ -71,6 +72,7 @@ class GraphAgreement:
         nodes: Activation quantizers.
         cosine: Of the file's outputs to the unquantized model's, mean over samples; ``None`` without data.
         simulated_cosine: Of the simulation's.
+        different_outputs: Outputs behind the first whose cosine is not the simulation's: name -> how far off.
         kernels: What onnxruntime runs after fusion: operator -> how often; empty where another reader ran the file.
         unfused: Products that onnxruntime computes in float although their inputs are quantized.
         engines: Of files for TensorRT, where that is installed: architecture -> bytes of an engine, or why not.
@@ -86,6 +88,7 @@ class GraphAgreement:
     nodes: tuple[NodeAgreement, ...] = ()
     cosine: float | None = None
     simulated_cosine: float | None = None
+    different_outputs: dict[str, float] = field(default_factory=dict)
     kernels: dict[str, int] = field(default_factory=dict)
     unfused: tuple[str, ...] = ()
     engines: dict[str, int | str] = field(default_factory=dict)
@@ -95,7 +98,8 @@ class GraphAgreement:
         """Weights bit for bit, codes node by node, outputs by their cosine."""
         near = self.cosine is None or abs(self.cosine - (self.simulated_cosine or 0.0)) <= MOST_COSINE_LOST
         builds = all(isinstance(size, int) for size in self.engines.values())
-        same = not self.different_weights and not self.missing and all(node.agrees for node in self.nodes)
+        same = not (self.different_weights or self.missing or self.different_outputs)
+        same = same and all(node.agrees for node in self.nodes)
         return builds and near and same
 
     def to_json_object(self) -> dict[str, Any]:
@@ -136,7 +140,11 @@ def check_graphs(
     for stem, agreement in found.items():
         _compare_weights(directory / f"{stem}.onnx", agreement, by_name)
     data = list(batches)
-    per_batch = [{stage.name: stage for stage in stages(loaded, batch)} for batch in data]
+    per_batch = [
+        {stage.name: stage for stage in one}
+        for batch in data
+        for one in rounds(loaded, batch, use_cache=manifest.get("cache", False))
+    ]
     simulated = [_outputs(named) for named in per_batch]
     with unquantized:
         references = [_outputs(named) for named in per_batch]
@@ -150,17 +158,40 @@ def check_graphs(
                 fusion = fusion_of(directory / f"{stem}.onnx")
                 agreement.kernels, agreement.unfused = fusion.kernels, fusion.unfused
             if target == "tensorrt" and tensorrt.is_installed():
-                shapes = {name: tuple(value.shape) for name, value in fed[0].inputs.items()}
+                shapes = {name: tuple(value.shape) for name, value in fed[-1].inputs.items()}
                 agreement.engines = tensorrt.build_engines(directory / f"{stem}.onnx", shapes)
-            outputs = [_run(runner, stage)[0] for stage in fed]
-            agreement.cosine = _cosine(outputs, [r[stem] for r in references])
-            agreement.simulated_cosine = _cosine([s[stem] for s in simulated], [r[stem] for r in references])
+            names = [str(value.name) for value in ir.load(directory / f"{stem}.onnx").graph.outputs]
+            found_outputs = [dict(zip(names, _run(runner, stage), strict=True)) for stage in fed]
+            _compare_outputs(agreement, found_outputs, [s[stem] for s in simulated], [r[stem] for r in references])
     return list(found.values())
 
 
-def _outputs(named: Mapping[str, Stage]) -> dict[str, Array]:
-    """The first output of every stage; a decoder is fed what its sample was made of."""
-    return {name: array_of(stage.module(*stage.inputs.values())[0].float()) for name, stage in named.items()}
+def _compare_outputs(
+    agreement: GraphAgreement, found: list[_Outputs], simulated: list[_Outputs], references: list[_Outputs]
+) -> None:
+    """Each output's cosine to the unquantized model's beside the simulation's; the lists are of runs."""
+    for index, name in enumerate(references[0]):
+        if name not in found[0]:
+            agreement.different_outputs[name] = 1.0
+            continue
+        expected = [run[name] for run in references]
+        cosine = _cosine([run[name] for run in found], expected)
+        of_simulation = _cosine([run[name] for run in simulated], expected)
+        if not index:
+            agreement.cosine, agreement.simulated_cosine = cosine, of_simulation
+        elif not abs(cosine - of_simulation) <= MOST_COSINE_LOST:
+            agreement.different_outputs[name] = abs(cosine - of_simulation)
+
+
+def _outputs(named: Mapping[str, Stage]) -> dict[str, _Outputs]:
+    """What every stage gives; a decoder is fed what its sample was made of."""
+    return {
+        name: {
+            output: array_of(value.float())
+            for output, value in zip(stage.outputs, stage.module(*stage.inputs.values()), strict=True)
+        }
+        for name, stage in named.items()
+    }
 
 
 def _run(runner: Runner, stage: Stage) -> list[Array]:
@@ -169,14 +200,15 @@ def _run(runner: Runner, stage: Stage) -> list[Array]:
 
 def _cosine(found: list[Array], expected: list[Array]) -> float:
     """Mean over samples of the cosine between their outputs."""
-    rows = [
-        (a.reshape(len(a), -1).astype(np.float64), b.reshape(len(b), -1).astype(np.float64))
-        for a, b in zip(found, expected, strict=True)
-    ]
+    rows = [(_by_sample(a), _by_sample(b)) for a, b in zip(found, expected, strict=True)]
     values = [
         (a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-30) for a, b in rows
     ]
     return float(np.concatenate(values).mean())
+
+
+def _by_sample(value: Array) -> Array:
+    return value.reshape(value.shape[0] if value.ndim else 1, -1).astype(np.float64)
 
 
 def _compare_weights(path: Path, agreement: GraphAgreement, layers: Mapping[str, LayerSnapshot]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,8 +45,8 @@ def graph_of(stage: Stage) -> ir.Model:
             )
     except torch.onnx.OnnxExporterError as error:
         cause = error.__cause__ or error
-        reason = next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
-        raise UserError(f"torch.onnx.export cannot write '{stage.name}': {reason.strip()}") from error
+        reason = " ".join([line.strip() for line in str(cause).splitlines() if line.strip()][:2])
+        raise UserError(f"torch.onnx.export cannot write '{stage.name}': {reason or type(cause).__name__}") from error
     assert program is not None
     model = program.model
     _tidy(model, stage)
@@ -93,11 +94,15 @@ def _name_axes(graph: ir.Graph, stage: Stage) -> None:
     for value in values:
         if value.shape is not None and any(isinstance(size, ir.SymbolicDim) for size in value.shape):
             value.shape = ir.Shape(
-                [
-                    names.get(str(size.value), size.value) if isinstance(size, ir.SymbolicDim) else size
-                    for size in value.shape
-                ]
+                [_renamed(size, names) if isinstance(size, ir.SymbolicDim) else size for size in value.shape]
             )
+
+
+def _renamed(size: ir.SymbolicDim, names: dict[str, str]) -> str | None:
+    """A size, or a sum of sizes, in the stage's names."""
+    if size.value is None:
+        return None
+    return re.sub(r"\b\w+\b", lambda word: names.get(word[0], word[0]), str(size.value))
 
 
 def _quantizer_name(node: ir.Node, module: nn.Module) -> str:

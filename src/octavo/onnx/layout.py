@@ -76,6 +76,7 @@ class OnnxLayout:
         sample: Any,
         *,
         float_dtype: torch.dtype | None,
+        use_cache: bool = True,
     ) -> None:
         """Write the graphs of a quantized model into ``directory``.
 
@@ -86,6 +87,7 @@ class OnnxLayout:
             layers: Its snapshot.
             sample: One batch for the traced forward.
             float_dtype: Type of everything that is not quantized; ``None``: as it is.
+            use_cache: A decoder's file takes the keys and values of earlier tokens, and gives those of all.
 
         Raises:
             UserError: the model cannot be traced or written.
@@ -94,7 +96,8 @@ class OnnxLayout:
             require(package, needed_for="writing ONNX files", extra="onnx")
         from octavo.onnx.write import write_graphs
 
-        write_graphs(directory, loaded, plan, layers, sample, opset=opset_of(plan), float_dtype=float_dtype)
+        opset = opset_of(plan)
+        write_graphs(directory, loaded, plan, layers, sample, opset=opset, float_dtype=float_dtype, use_cache=use_cache)
 
     def check(
         self,

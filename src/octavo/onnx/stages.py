@@ -6,6 +6,7 @@ Shapes: B samples, T tokens, S decoder tokens.
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from octavo.errors import UserError
+from octavo.onnx import cached
 from octavo.sources import LoadedModel, ModelKind
 from octavo.sources.graphs import GraphModule
+
+_log = logging.getLogger(__name__)
 
 INNER = "model"
 _BATCH, _SEQUENCE, _TARGET = "batch", "sequence", "decoder_sequence"
@@ -59,12 +63,13 @@ class Stage:
     axes: Mapping[str, Mapping[int, str]]
 
 
-def stages(loaded: LoadedModel, sample: Any) -> list[Stage]:
+def stages(loaded: LoadedModel, sample: Any, *, use_cache: bool = False) -> list[Stage]:
     """The parts of ``loaded`` that become files: the two towers of a dual encoder, encoder and decoder, or all of it.
 
     Args:
         loaded: A model, quantized or not.
         sample: One batch, as ``feed`` takes it.
+        use_cache: A decoder takes the keys and values of earlier tokens, where ``can_cache`` says it can.
 
     Raises:
         UserError: the sample is not a tensor, a tuple or a dict of tensors, or nothing comes out.
@@ -80,10 +85,38 @@ def stages(loaded: LoadedModel, sample: Any) -> list[Stage]:
             ]
         case ModelKind.SEQ2SEQ_LM:
             return _encoder_and_decoder(loaded.model, inputs)
+        case ModelKind.CAUSAL_LM if use_cache:
+            return [_cached(loaded.model, cached.traced(loaded.model, _batch_of_two(inputs)))]
         case ModelKind.CAUSAL_LM:
             return [_stage("model", loaded.model, inputs, _without_cache)]
         case _:
             return [_stage("model", loaded.model, inputs, _everything)]
+
+
+def rounds(loaded: LoadedModel, batch: Any, *, use_cache: bool) -> list[list[Stage]]:
+    """The parts as files of theirs are run on ``batch``: with a cache all tokens first, then the last one by itself."""
+    if not (use_cache and loaded.kind is ModelKind.CAUSAL_LM):
+        return [stages(loaded, batch)]
+    inputs = _named(loaded.model.eval(), batch)
+    lengths = dict.fromkeys((0, inputs["input_ids"].shape[1] - 1))
+    return [[_cached(loaded.model, cached.split(loaded.model, inputs, at))] for at in lengths]
+
+
+def can_cache(loaded: LoadedModel, sample: Any) -> bool:
+    """Whether a decoder among the parts can take the keys and values of earlier tokens; if not, the log says why."""
+    if loaded.kind is not ModelKind.CAUSAL_LM:
+        return False
+    why = cached.why_without(loaded.model.eval(), _named(loaded.model, sample))
+    if why:
+        _log.warning("model.onnx is written without a cache of keys and values: %s", why)
+    return not why
+
+
+@torch.no_grad()
+def _cached(model: nn.Module, inputs: Mapping[str, Tensor]) -> Stage:
+    outputs = cached.decode(model, **inputs)
+    axes = {name: cached.axes(name) for name in inputs}
+    return Stage("model", Part(model, tuple(inputs), cached.decode), inputs, tuple(outputs), axes)
 
 
 def _encoder_and_decoder(model: nn.Module, inputs: dict[str, Tensor]) -> list[Stage]:
@@ -97,7 +130,7 @@ def _encoder_and_decoder(model: nn.Module, inputs: dict[str, Tensor]) -> list[St
 
 @torch.no_grad()
 def _stage(name: str, model: nn.Module, inputs: Mapping[str, Tensor], use: Callable[..., Outputs]) -> Stage:
-    doubled = {key: _at_least_two(value) for key, value in inputs.items()}
+    doubled = _batch_of_two(inputs)
     found = use(model.eval(), **doubled)
     if not found:
         raise UserError(f"the forward pass of a {type(model).__name__} returns no tensor, so there is nothing to write")
@@ -114,9 +147,9 @@ def _axes(name: str, value: Tensor) -> dict[int, str]:
     return {0: _BATCH} | ({1: second} if second is not None and value.ndim > 1 else {})
 
 
-def _at_least_two(value: Tensor) -> Tensor:
-    """A batch of two: an axis of one would be taken for one that never changes."""
-    return value if value.ndim == 0 or value.shape[0] != 1 else torch.cat([value, value])
+def _batch_of_two(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """At least two samples: an axis of one would be taken for one that never changes."""
+    return {k: v if v.ndim == 0 or v.shape[0] != 1 else torch.cat([v, v]) for k, v in inputs.items()}
 
 
 def _named(model: nn.Module, sample: Any) -> dict[str, Tensor]:
@@ -175,8 +208,9 @@ def _everything(model: Any, **inputs: Tensor) -> Outputs:
     match output:
         case Tensor():
             return {"output": output}
-        case Mapping():
-            return {key: value for key, value in output.items() if isinstance(value, Tensor)}
+        case Mapping():  # a value that goes by two names leaves under the first
+            first = {id(value): key for key, value in reversed(list(output.items())) if isinstance(value, Tensor)}
+            return {key: value for key, value in output.items() if first.get(id(value)) == key}
         case tuple() | list():
             return {f"output_{i}": value for i, value in enumerate(output) if isinstance(value, Tensor)}
     return {}

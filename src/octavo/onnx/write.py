@@ -19,7 +19,7 @@ from octavo.numerics.snapshot import LayerSnapshot
 from octavo.onnx.from_torch import graph_of
 from octavo.onnx.layout import MANIFEST
 from octavo.onnx.lower import Style, lower
-from octavo.onnx.stages import stages
+from octavo.onnx.stages import can_cache, stages
 from octavo.sources import LoadedModel
 from octavo.sources.graphs import GraphModule
 from octavo.spec.facts import Slot
@@ -43,23 +43,33 @@ def write_graphs(
     *,
     opset: int,
     float_dtype: torch.dtype | None,
+    use_cache: bool,
 ) -> None:
     """One ``.onnx`` file for each part of ``loaded``; see ``OnnxLayout.fill``."""
     target = target_named(plan.target)
     style = Style(target.unsigned_codes, target.integer_biases)
     stored = {quantizer_name(layer.name, Slot.WEIGHT): layer.weight for layer in layers if layer.weight is not None}
     written = []
-    for name, model in _graphs(loaded, sample, float_dtype):
+    use_cache = use_cache and can_cache(loaded, sample)
+    for name, model in _graphs(loaded, sample, float_dtype, use_cache=use_cache):
         lower(model, style, opset=opset, stored=stored)
         model.producer_name, model.producer_version = "octavo", VERSION
         model.metadata_props[TARGET] = plan.target
         written.append(f"{name}.onnx")
         save(model, directory / written[-1])
-    manifest = {"schema": MANIFEST_SCHEMA, "recipe": plan.recipe, "target": plan.target, "graphs": written}
+    manifest = {
+        "schema": MANIFEST_SCHEMA,
+        "recipe": plan.recipe,
+        "target": plan.target,
+        "cache": use_cache,
+        "graphs": written,
+    }
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
-def _graphs(loaded: LoadedModel, sample: Any, float_dtype: torch.dtype | None) -> Iterator[tuple[str, ir.Model]]:
+def _graphs(
+    loaded: LoadedModel, sample: Any, float_dtype: torch.dtype | None, *, use_cache: bool
+) -> Iterator[tuple[str, ir.Model]]:
     """Names and graphs with their quantizers still in one node each."""
     if isinstance(loaded.model, GraphModule):
         if float_dtype is not None:
@@ -73,7 +83,7 @@ def _graphs(loaded: LoadedModel, sample: Any, float_dtype: torch.dtype | None) -
     if float_dtype is not None:
         loaded = dataclasses.replace(loaded, model=copy.deepcopy(loaded.model).to(float_dtype))
         sample = _cast(sample, float_dtype)
-    for stage in stages(loaded, sample):
+    for stage in stages(loaded, sample, use_cache=use_cache):
         yield stage.name, graph_of(stage)
 
 

@@ -59,6 +59,8 @@ def _graph_text(graph: Mapping[str, Any]) -> str:
     if unfused:
         codes += f"; {count_text(len(unfused), 'product')} not fused, computed in float: {', '.join(unfused[:4])}"
         codes += ", ..." if len(unfused) > 4 else ""
+    if graph["different_outputs"]:
+        codes += f"; outputs that differ: {', '.join(list(graph['different_outputs'])[:_MOST])}"
     for name, built in graph["engines"].items():
         codes += f"; TensorRT builds for {name}" if isinstance(built, int) else f"; TensorRT for {name}: {built}"
     return (
