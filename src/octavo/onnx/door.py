@@ -29,6 +29,7 @@ from octavo.onnx.segments import Segments
 from octavo.onnx.sessions import session_of
 from octavo.onnx.skeleton import filled, write_skeleton
 from octavo.onnx.snapshot import GraphSnapshot
+from octavo.onnx.storage import not_simulated
 from octavo.sources.feeding import feed
 from octavo.sources.graphs import GRAPH_FILE, Arrays, GraphModule
 from octavo.spec.facts import ModelFacts, Slot
@@ -95,6 +96,8 @@ class OnnxDoor:
         """See ``Door.prepare``."""
         if self._plan is not None:
             raise UserError("this graph has octavo's quantizers already: take them out first with octavo.strip(model)")
+        if problem := not_simulated(plan):
+            raise UserError(problem)
         self._look()
         self._plan = plan
         self._observers = observers_of(plan, self._look()[2])

@@ -73,6 +73,19 @@ def problems_of(plan: Plan) -> list[str]:
     return found
 
 
+def not_simulated(plan: Plan) -> str:
+    """Why onnxruntime cannot simulate a graph's activations, by the first that it cannot; empty when it can."""
+    for name, spec in plan.quantizers():
+        if not name.endswith(QUANTIZER_NAMES[Slot.WEIGHT]):
+            why = _activation_problem(spec)
+            if spec.format.element == E2M1:
+                why = why or "onnxruntime, which simulates graphs, has no FP4"
+            if why:
+                way_out = "choose a recipe of weights only or one of bytes, or quantize the torch model"
+                return f"'{name}' is {spec}: {why}; {way_out}"
+    return ""
+
+
 def _way_out(decision: Decision) -> str:
     return f"choose another format, or --leave '{decision.site.name}'"
 
