@@ -16,7 +16,6 @@ from octavo.onnx.door import OnnxDoor
 from octavo.sources import open_data, open_model
 from octavo.sources.graphs import GraphModule
 from octavo.spec.facts import Slot
-from octavo.spec.recipe import load_recipe, read_recipe
 from onnx import GraphProto, TensorProto, helper
 
 X = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -246,44 +245,6 @@ def test_pieces_of_a_graph_without_shapes_know_what_goes_into_them(tmp_path: Pat
     (tmp_path / "chain.onnx").write_bytes(proto.SerializeToString())
     run = pipeline.quantize(open_model(tmp_path / "chain.onnx"), "int8", [{"x": torch.eye(4)}])
     assert len(run.door.activation_scales()) == 20
-
-
-class Joined(nn.Module):
-    """Three layers that read the same tensor, with weights of very different sizes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.q, self.k, self.v = nn.Linear(64, 32), nn.Linear(64, 32), nn.Linear(64, 32)
-        with torch.no_grad():
-            self.k.weight.mul_(3.0)
-            self.v.weight.mul_(0.01)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = torch.cat([self.q(x), self.k(x), self.v(x)], -1)
-        return out
-
-
-MSE = """
-name: searched
-rules: [{select: ["operation:linear"], scheme: {weight: {format: nvfp4, observer: mse}}}]
-"""
-
-
-@pytest.mark.parametrize("recipe", ["nvfp4-weight-only", "best:nvfp4-weight-only", MSE])
-def test_layers_that_engines_join_share_the_scale_of_scales_in_both_doors(tmp_path: Path, recipe: str) -> None:
-    wanted = read_recipe(recipe, "mse.yaml") if recipe is MSE else load_recipe(recipe)
-    x = torch.randn(32, 64, generator=torch.Generator().manual_seed(5))
-    program = torch.onnx.export(Joined().eval(), (x,), dynamo=True, opset_version=18, dynamic_shapes=({0: "n"},))
-    assert program is not None
-    program.save(tmp_path / "joined.onnx")
-    found = []
-    for model in (Joined().eval(), open_model(tmp_path / "joined.onnx")):
-        layers = list(pipeline.quantize(model, wanted, [x]).door.snapshot().layers())
-        scales = [layer.weight.scale for layer in layers if layer.weight is not None]
-        found.append([float(scale.scale) for scale in scales])  # type: ignore[union-attr, arg-type]
-    assert len(set(found[0])) == 1
-    assert found[0] == found[1]
 
 
 def test_activations_that_onnxruntime_cannot_simulate_are_refused_before_any_work(tmp_path: Path) -> None:
