@@ -66,6 +66,20 @@ def test_a_changed_scale_is_noticed_node_by_node(tmp_path: Path) -> None:
     assert worst["share_equal"] < 0.9
 
 
+def test_a_quantizer_that_no_file_has_is_noticed(tmp_path: Path) -> None:
+    run = pipeline.quantize(model(), "int8", [X])
+    out = pipeline.export(run, tmp_path / "onnx", layout="onnx", sample=X)
+    graph = ir.load(out / "model.onnx")
+    for node in list(graph.graph):
+        if (node.name or "").startswith("2.input_quantizer."):
+            ir.convenience.replace_all_uses_with(node.outputs[0], node.inputs[0])  # type: ignore[arg-type]
+            graph.graph.remove(node, safe=True)
+    ir.save(graph, out / "model.onnx")
+    found = pipeline.verify(out, run, [X])
+    assert found.to_json_object()["graphs"][0]["lost"] == ("2.input_quantizer",)
+    assert not found.agrees
+
+
 def test_what_onnxruntime_does_not_fuse_is_named(tmp_path: Path) -> None:
     run = pipeline.quantize(model(), "int8", [X], target="onnxruntime-cpu")
     out = pipeline.export(run, tmp_path / "onnx", layout="onnx", sample=X)

@@ -42,7 +42,7 @@ def whisper() -> tuple[nn.Module, dict[str, Any]]:
 
 
 FOR_CPU, FOR_TENSORRT = ("int8", "onnxruntime-cpu"), ("fp8-attention", "tensorrt")
-CASES = [(llama, *FOR_CPU), (t5, *FOR_CPU), (whisper, *FOR_CPU), (llama, *FOR_TENSORRT), (whisper, *FOR_TENSORRT)]
+CASES = [(build, *how) for how in (FOR_CPU, FOR_TENSORRT) for build in (llama, t5, whisper)]
 
 
 @pytest.mark.parametrize(("build", "recipe", "target"), CASES)

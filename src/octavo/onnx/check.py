@@ -27,7 +27,8 @@ from octavo.onnx.runners import Runner, open_runner
 from octavo.onnx.stages import Stage, rounds
 from octavo.sources import LoadedModel
 from octavo.spec.element import IntFormat
-from octavo.spec.facts import QUANTIZER_NAMES
+from octavo.spec.facts import QUANTIZER_NAMES, Slot
+from octavo.spec.select import quantizer_name
 
 MOST_CODES_OFF = 0.001
 MOST_COSINE_LOST = 0.002
@@ -75,6 +76,7 @@ class GraphAgreement:
         different_outputs: Outputs behind the first whose cosine is not the simulation's: name -> how far off.
         kernels: What onnxruntime runs after fusion: operator -> how often; empty where another reader ran the file.
         unfused: Products that onnxruntime computes in float although their inputs are quantized.
+        lost: Static activation quantizers of the run that no file has, told at the first file.
         engines: Of files for TensorRT, where that is installed: architecture -> bytes of an engine, or why not.
     """
 
@@ -91,6 +93,7 @@ class GraphAgreement:
     different_outputs: dict[str, float] = field(default_factory=dict)
     kernels: dict[str, int] = field(default_factory=dict)
     unfused: tuple[str, ...] = ()
+    lost: tuple[str, ...] = ()
     engines: dict[str, int | str] = field(default_factory=dict)
 
     @property
@@ -98,7 +101,7 @@ class GraphAgreement:
         """Weights bit for bit, codes node by node, outputs by their cosine."""
         near = self.cosine is None or abs(self.cosine - (self.simulated_cosine or 0.0)) <= MOST_COSINE_LOST
         builds = all(isinstance(size, int) for size in self.engines.values())
-        same = not (self.different_weights or self.missing or self.different_outputs)
+        same = not (self.different_weights or self.missing or self.different_outputs or self.lost)
         same = same and all(node.agrees for node in self.nodes)
         return builds and near and same
 
@@ -136,9 +139,11 @@ def check_graphs(
     by_name = {layer.name: layer for layer in layers}
     manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
     target = manifest["target"]
+    is_deployed = target.startswith("onnxruntime")
     found = {Path(file).stem: GraphAgreement(file) for file in manifest["graphs"]}
     for stem, agreement in found.items():
         _compare_weights(directory / f"{stem}.onnx", agreement, by_name)
+    next(iter(found.values())).lost = _lost([directory / file for file in manifest["graphs"]], by_name)
     data = list(batches)
     per_batch = [
         {stage.name: stage for stage in one}
@@ -152,9 +157,9 @@ def check_graphs(
         fed = [named[stem] for named in per_batch]
         if fed:
             _compare_codes(directory / f"{stem}.onnx", agreement, fed, by_name)
-            runner = open_runner(directory / f"{stem}.onnx")
+            runner = open_runner(directory / f"{stem}.onnx", optimized=is_deployed)
             agreement.runtime, agreement.refusals = runner.name, runner.refusals
-            if runner.is_onnxruntime:
+            if runner.is_onnxruntime and (is_deployed or not target):
                 fusion = fusion_of(directory / f"{stem}.onnx")
                 agreement.kernels, agreement.unfused = fusion.kernels, fusion.unfused
             if target == "tensorrt" and tensorrt.is_installed():
@@ -227,6 +232,19 @@ def _compare_weights(path: Path, agreement: GraphAgreement, layers: Mapping[str,
         agreement.num_values += expected.size
         if wrong:
             agreement.different_weights[name] = wrong
+
+
+def _lost(graphs: Iterable[Path], layers: _Layers) -> tuple[str, ...]:
+    """Static activation quantizers that no graph has; of layers that read one tensor one is enough."""
+    there = {node.metadata_props.get(QUANTIZER) for path in graphs for node in ir.load(path).graph}
+    wanted = [
+        (quantizer_name(layer.name, slot), layer.fusion_group if slot is Slot.INPUT else "")
+        for layer in layers.values()
+        for slot, activation in layer.activations.items()
+        if not activation.is_dynamic
+    ]
+    groups = {group for name, group in wanted if group and name in there}
+    return tuple(name for name, group in wanted if name not in there and group not in groups)
 
 
 def _num_different(found: Array, expected: Array) -> int:

@@ -19,6 +19,7 @@ from octavo.errors import UserError
 from octavo.onnx.fake_quantize import QUANTIZER, fake_quantize, is_fake_quantize
 from octavo.onnx.stages import INNER, Stage
 from octavo.onnx.storage import BASE_OPSET
+from octavo.spec.facts import QUANTIZER_NAMES, Slot
 
 
 @torch.no_grad()
@@ -114,11 +115,15 @@ def _quantizer_name(node: ir.Node, module: nn.Module) -> str:
 
 @contextmanager
 def _eager_attention(module: nn.Module) -> Iterator[None]:
-    """transformers' attention spelled as products and softmax while exporting: engines match that, not ``sdpa``."""
+    """transformers' attention spelled as products and softmax while exporting: engines match that, not ``sdpa``.
+
+    Where the probabilities are rounded the call was written out for that; another one would not round them.
+    """
     transformers: Any = sys.modules.get("transformers")
     configs = []
     if transformers is not None:
-        configs = [part.config for part in module.modules() if isinstance(part, transformers.PreTrainedModel)]
+        parts = [part for part in module.modules() if isinstance(part, transformers.PreTrainedModel)]
+        configs = [part.config for part in parts if not _rounds_probabilities(part)]
     changed = [(config, config._attn_implementation) for config in configs]
     for config in configs:
         config._attn_implementation = "eager"
@@ -127,6 +132,11 @@ def _eager_attention(module: nn.Module) -> Iterator[None]:
     finally:
         for config, kind in reversed(changed):
             config._attn_implementation = kind
+
+
+def _rounds_probabilities(module: nn.Module) -> bool:
+    ending = QUANTIZER_NAMES[Slot.SOFTMAX]
+    return any(name.endswith(ending) for name, _ in module.named_modules())
 
 
 @contextmanager

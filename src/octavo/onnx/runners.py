@@ -43,7 +43,7 @@ def open_runner(path: Path, outputs: Sequence[str] = (), *, optimized: bool = Tr
     Args:
         path: An ``.onnx`` file.
         outputs: Values inside to give out behind the graph's own outputs.
-        optimized: Let onnxruntime fuse; without, it runs node by node.
+        optimized: Let onnxruntime fuse as it does where it is deployed; without, it runs node by node.
 
     Raises:
         UserError: nobody can run it.
@@ -82,7 +82,8 @@ def _onnxruntime(path: Path, model: onnx.ModelProto | None, optimized: bool) -> 
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     source = str(path) if model is None else model.SerializeToString()
     session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-    return Runner(f"onnxruntime {onnxruntime.__version__} (CPU)", lambda inputs: session.run(None, dict(inputs)))
+    how = "CPU" if optimized else "CPU, node by node"
+    return Runner(f"onnxruntime {onnxruntime.__version__} ({how})", lambda inputs: session.run(None, dict(inputs)))
 
 
 def _openvino(path: Path, model: onnx.ModelProto | None, optimized: bool) -> Runner:
