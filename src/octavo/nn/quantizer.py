@@ -349,6 +349,7 @@ class WeightQuantizer(Quantizer):
         element of at most 8 bits. Where it does not (an fp16 underflow, an offset), the codes are kept beside it.
         """
         assert value.format == self.spec.format, "codes of another format"
+        value = value.to(weight.device)
         if value.scale is not None:
             self.set_range(value.scale, value.zero_point)
         self.mode, self.is_fixed, self.fixed, self._rounded = Mode.OFF, True, None, None

@@ -62,6 +62,17 @@ class QTensor:
         blocks, _ = to_blocks(values, self.format.granularity)
         return _real(blocks, self.format, self.shape, _Parts(self.scale, self.zero_point, self.offset)).to(dtype)
 
+    def to(self, device: torch.device) -> QTensor:
+        """The same on another device."""
+        return QTensor(
+            self.codes.to(device),
+            None if self.scale is None else self.scale.to(device),
+            self.format,
+            self.shape,
+            None if self.zero_point is None else self.zero_point.to(device),
+            None if self.offset is None else self.offset.to(device),
+        )
+
     @property
     def nbytes(self) -> int:
         """Bytes when packed: codes (each row padded to bytes), scales, zero points, offsets."""

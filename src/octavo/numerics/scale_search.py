@@ -27,7 +27,7 @@ from torch import Tensor
 from octavo.errors import UserError
 from octavo.numerics.codec import encode, power_of_two, round_owned
 from octavo.numerics.qtensor import QTensor, quantize_scale
-from octavo.numerics.scaling import divisor, integer_element
+from octavo.numerics.scaling import divisor, integer_element, quotient
 from octavo.spec.element import ElementFormat, FloatFormat, IntFormat
 from octavo.spec.tensor_format import (
     PLAIN_FP32,
@@ -315,7 +315,7 @@ def _best_free(x: Tensor, measure: _Measure, fmt: TensorFormat) -> Tensor:
     """``(N, G)`` scales, on a grid of factors of the amax rule, then fitted."""
     assert fmt.scale is not None
     x, unit = _normalized(x)
-    first = divisor(x.abs().amax(-1) / fmt.element.max)
+    first = divisor(quotient(x.abs().amax(-1), fmt.element.max))
     best, best_cost = first, torch.full_like(first, math.inf)
     signs = (1, -1) if fmt.scale_rule is ScaleRule.FULL_RANGE else (1,)
     for factor in (1.0, *(sign * factor for factor in _factors(fmt.element) for sign in signs)):

@@ -170,7 +170,7 @@ def outer_scale_from_amax(amax: Tensor, fmt: TensorFormat) -> Tensor:
 def _scale(amax: Tensor, fmt: TensorFormat, top: float) -> Tensor:
     match fmt.scale_rule:
         case ScaleRule.AMAX | ScaleRule.FULL_RANGE | ScaleRule.FOUR_OVER_SIX:
-            scale = amax / top
+            scale = quotient(amax, top)
         case ScaleRule.POWER_FLOOR:
             scale = _power(_exponent(amax) - (math.frexp(top)[1] - 1))
         case ScaleRule.POWER_CEIL:
@@ -205,7 +205,7 @@ def scale_from_range(low: Tensor, high: Tensor, fmt: TensorFormat) -> tuple[Tens
     element = integer_element(fmt)
     low, high = low.float().clamp(max=0), high.float().clamp(min=0)
     # Halves, so that a range of twice the largest fp32 does not overflow.
-    scale = (high / 2 - low / 2) / ((element.max_code - element.min_code) / 2)
+    scale = quotient(high / 2 - low / 2, (element.max_code - element.min_code) / 2)
     scale = scale.clamp(min=fmt.min_scale) if fmt.min_scale else scale
     scale = scale.masked_fill((scale == 0) | (low == high), _empty_scale(fmt)).masked_fill(~scale.isfinite(), math.nan)
     return scale, zero_point_from(low, scale, fmt)
@@ -217,6 +217,11 @@ def zero_point_from(low: Tensor, scale: Tensor, fmt: TensorFormat) -> Tensor:
     points = integer_element(fmt).min_code - (low.float().clamp(max=0) / divisor(scale)).round()
     points = points.clamp(fmt.zero_point.min_code, fmt.zero_point.max_code)
     return points.to(torch.int8 if fmt.zero_point.is_signed else torch.uint8)
+
+
+def quotient(x: Tensor, number: float) -> Tensor:
+    """``x / number``, rounded once on every device: for a number of Python's, CUDA multiplies by its reciprocal."""
+    return x / x.new_full((), number)
 
 
 def divisor(scale: Tensor) -> Tensor:

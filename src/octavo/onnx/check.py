@@ -332,10 +332,9 @@ def _scale_of(quantizer: str, layers: Mapping[str, LayerSnapshot]) -> Activation
 
 def _off(x: Array, codes: Array, activation: ActivationScale) -> tuple[int, int, int]:
     """Codes compared, codes that differ, and the largest distance."""
-    expected = quantize(
-        tensor_of(x).float(), activation.format, scale=activation.scale, zero_point=activation.zero_point
-    ).codes
-    ours = array_of(expected)
+    values = tensor_of(x).float()
+    scale, zero_point = (None if part is None else part.cpu() for part in (activation.scale, activation.zero_point))
+    ours = array_of(quantize(values, activation.format, scale=scale, zero_point=zero_point).codes)
     if isinstance(activation.format.element, IntFormat):
         shift = 128 if codes.dtype == np.uint8 and ours.dtype == np.int8 else 0
         distance = np.abs(ours.astype(np.int32) - (codes.astype(np.int32) - shift))
