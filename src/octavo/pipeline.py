@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from octavo.algorithms.base import make_algorithms
-from octavo.backends.environment import environment, peak_memory_bytes
+from octavo.backends.environment import code_digest, environment, peak_memory_bytes
 from octavo.calibrate.batches import Calibrated, calibrate, require_no_data
 from octavo.calibrate.blockwise import calibrate_blockwise, matchers, require_data_for
+from octavo.calibrate.checkpoint import Keeping, check_checkpoint, removed
 from octavo.errors import UserError
 from octavo.evaluate import LOWER_IS_BETTER, Measure, Outputs, Task, difference
 from octavo.evaluate.fidelity import Fidelity
@@ -28,6 +29,7 @@ from octavo.export.views import dequantized_weights
 from octavo.nn.door import TorchDoor
 from octavo.nn.originals import kept_bytes, watched
 from octavo.numerics.arrays import array_of, tensor_of, tensors_in
+from octavo.numerics.digest import digest_of
 from octavo.numerics.door import Door
 from octavo.numerics.snapshot import Agreement, Snapshot
 from octavo.numerics.statistics import Need
@@ -76,6 +78,7 @@ class Run:
         record: What happened.
         door: The model as procedures see it.
         baseline: What the tasks said of the unquantized model; another run of the model need not ask again.
+        checkpoint: Where the blocks that steps have finished wait until the run is saved; ``None`` for nowhere.
     """
 
     loaded: LoadedModel
@@ -84,6 +87,7 @@ class Run:
     record: RunRecord
     door: Door = field(repr=False)
     baseline: Metrics = field(default_factory=dict, repr=False)
+    checkpoint: Path | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -120,6 +124,7 @@ def quantize(
     baseline: Metrics | None = None,
     require_coverage: float | None = None,
     keep_original: bool = False,
+    checkpoint: str | Path | None = None,
     clock: Clock | None = None,
     track: Track = silent,
     on_plan: Callable[[Plan], None] = lambda the_plan: None,
@@ -138,6 +143,8 @@ def quantize(
         baseline: What the same tasks said of the unquantized model before (``Run.baseline``).
         require_coverage: Least share of parameters, 0 to 1, that must get a quantized weight.
         keep_original: Keep a copy of the model's tensors where steps change them, so that ``strip`` gives them back.
+        checkpoint: A directory, made if need be, where blocks that steps have finished wait until ``save``: the same
+            call goes on from there after a crash, and gives the same bytes.
         clock: Counts the phases; a new one unless given.
         track: Told of progress.
         on_plan: Told of the plan before any work.
@@ -162,6 +169,10 @@ def quantize(
             cost = f"keep_original keeps a copy of the original tensors in memory: {kept_bytes(loaded.model):,} bytes"
             the_plan = dataclasses.replace(the_plan, warnings=(*the_plan.warnings, cost))
     on_plan(the_plan)
+    keeping = None
+    if checkpoint is not None and the_recipe.steps:
+        check_checkpoint(Path(checkpoint))
+        keeping = Keeping(Path(checkpoint), _fingerprint(loaded, the_plan, the_recipe, batches))
     with clock.phase("evaluate"):
         references = {task.name: task.outputs(loaded) for task in tasks}
         before = _measure(loaded, tasks, references, track, "unquantized") if baseline is None else baseline
@@ -169,7 +180,7 @@ def quantize(
         door.prepare(the_plan)
         try:
             with watched(loaded.model, tuple(step.name for step in the_recipe.steps), keep=keep_original):
-                calibrated = _calibrate(door, the_plan, the_recipe, batches, track)
+                calibrated = _calibrate(door, the_plan, the_recipe, batches, track, keeping)
         except BaseException as error:
             _take_back(door, error)
             raise
@@ -189,7 +200,7 @@ def quantize(
         experts=_experts_records(the_plan, calibrated.expert_tokens),
         blocks=calibrated.blocks,
     )
-    return Run(loaded, the_recipe, the_plan, record, door, before)
+    return Run(loaded, the_recipe, the_plan, record, door, before, None if keeping is None else keeping.directory)
 
 
 def evaluate(model: Model | Run, tasks: Iterable[Task], *, track: Track = silent) -> dict[str, dict[str, Measure]]:
@@ -291,8 +302,10 @@ def evaluation_record(subject: Run | LoadedModel, measures: Metrics, clock: Cloc
     )
 
 
-def save(run: Run, path: str | Path, *, trust_remote_code: bool = False) -> Run:
+def save(run: Run, path: str | Path, *, trust_remote_code: bool = False, keep_checkpoint: bool = False) -> Run:
     """Write the run directory: packed codes and scales, plan, recipe, record, the model's config and tokenizer.
+
+    The checkpoint that the run was made with is removed, unless ``keep_checkpoint`` says that more is to come.
 
     Returns:
         ``run``, whose record now knows the path and the bytes written.
@@ -310,7 +323,16 @@ def save(run: Run, path: str | Path, *, trust_remote_code: bool = False) -> Run:
         out=Path(path),
         trust_remote_code=trust_remote_code,
     )
+    if not keep_checkpoint:
+        forget_checkpoint(run)
     return run
+
+
+def forget_checkpoint(run: Run) -> None:
+    """Remove the finished blocks on disk, when the run's files are written."""
+    if run.checkpoint is not None:
+        removed(run.checkpoint)
+        run.checkpoint = None
 
 
 def load(
@@ -644,7 +666,28 @@ def _refuse_steps(the_plan: Plan, recipe: Recipe, batches: Iterable[Any] | None,
         require_data_for(make_algorithms(recipe.steps))
 
 
-def _calibrate(door: Door, the_plan: Plan, recipe: Recipe, batches: Iterable[Any] | None, track: Track) -> Calibrated:
+def _fingerprint(loaded: LoadedModel, the_plan: Plan, recipe: Recipe, batches: Iterable[Any] | None) -> dict[str, str]:
+    """Of what finished blocks are, without the data."""
+    if isinstance(batches, list) and any(callable(batch) for batch in batches):
+        raise UserError("checkpoint: what a function feeds is not known beforehand; give batches, or no checkpoint")
+    directory = loaded.directory
+    settings = [] if directory is None else [path.read_bytes() for path in sorted(directory.glob("*config*.json"))]
+    files = [loaded.model.path.read_bytes()] if isinstance(loaded.model, GraphModule) else []
+    return {
+        "model": digest_of(loaded.model.state_dict(), str(loaded.device), settings, files),
+        "recipe": digest_of(recipe.to_yaml(), dataclasses.replace(the_plan, warnings=()).to_json()),
+        "code": code_digest(),
+    }
+
+
+def _calibrate(
+    door: Door,
+    the_plan: Plan,
+    recipe: Recipe,
+    batches: Iterable[Any] | None,
+    track: Track,
+    keeping: Keeping | None = None,
+) -> Calibrated:
     """One pass over the data; block by block where the recipe has steps."""
     steps = make_algorithms(recipe.steps)
     if not steps:
@@ -652,7 +695,7 @@ def _calibrate(door: Door, the_plan: Plan, recipe: Recipe, batches: Iterable[Any
     wanted = recipe.calibration.inputs
     makes_up = any(Need.QUANTIZED in algorithm.needs for _, algorithm in steps)
     is_quantized = wanted == "quantized" or (wanted == "auto" and makes_up)
-    return calibrate_blockwise(door, the_plan, steps, batches, is_quantized=is_quantized, track=track)
+    return calibrate_blockwise(door, the_plan, steps, batches, is_quantized=is_quantized, track=track, keeping=keeping)
 
 
 def _refuse_misfits(the_plan: Plan, layouts: Iterable[str]) -> None:

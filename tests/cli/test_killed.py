@@ -61,6 +61,47 @@ def test_a_kill_during_quantize_leaves_the_old_run(bench: Path, tmp_path: Path) 
     assert _files(tmp_path / "run") == before
 
 
+DYING_BLOCKS = """
+import os, signal, sys
+from octavo.calibrate.checkpoint import Checkpoint
+
+original, count = Checkpoint.keep, 0
+
+def keep(self, number, name, state):
+    global count
+    count += 1
+    if count == {moment}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    original(self, number, name, state)
+
+Checkpoint.keep = keep
+sys.argv = {argv!r}
+from octavo.cli.main import main
+main()
+"""
+STEPS = """
+rules:
+  - {select: "operation:linear", scheme: {weight: int4-channel, input: int8-tensor}}
+steps: [awq, gptq]
+"""
+
+
+def test_the_same_command_goes_on_where_a_walk_was_killed(bench: Path, tmp_path: Path) -> None:
+    (tmp_path / "steps.yaml").write_text(STEPS)
+    words = ("quantize", "llama", "--recipe", tmp_path / "steps.yaml", "--data", "texts.jsonl", "--samples", 8)
+    fine(*words, "--out", tmp_path / "whole", "--quiet")
+    _killed(DYING_BLOCKS, 3, (*words, "--out", tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    kept = tmp_path / ".octavo-blocks-run"
+    assert len(list(kept.glob("block-*.safetensors"))) == 2
+    assert "2 blocks were finished before" in fine(*words, "--out", tmp_path / "run").message
+    assert not kept.exists()
+    names = ("quantized.safetensors", "plan.json", "layout.json")
+    assert [(tmp_path / "run" / n).read_bytes() for n in names] == [
+        (tmp_path / "whole" / n).read_bytes() for n in names
+    ]
+
+
 def _killed(program: str, moment: int, words: tuple[object, ...]) -> None:
     source = program.format(moment=moment, argv=["octavo", *map(str, words)])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -131,3 +132,28 @@ def test_biases_take_out_mean_errors(tmp_path: Path) -> None:
         return float((after - before).mean(0).abs().max())
 
     assert mean_error(f"{plain}\nsteps: [bias_correction]") < 1e-4 < 0.05 < mean_error(plain)
+
+
+def test_a_walk_that_was_cut_off_goes_on_and_ends_with_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = graph(tmp_path / "g.onnx", num_layers=9)
+    recipe = read_recipe("extends: int8\nsteps: [{smoothquant: {alpha: 0.5}}, gptq]", "r.yaml")
+    whole = pipeline.save(pipeline.quantize(open_model(path), recipe, DATA), tmp_path / "whole")
+    settle = GraphBlock.settle
+
+    def dying(block: GraphBlock) -> Mapping[str, str]:
+        if block.name.startswith("piece 2"):
+            raise InterruptedError
+        return settle(block)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GraphBlock, "settle", dying)
+        with pytest.raises(InterruptedError):
+            pipeline.quantize(open_model(path), recipe, DATA, checkpoint=tmp_path / "kept")
+    run = pipeline.quantize(open_model(path), recipe, DATA, checkpoint=tmp_path / "kept")
+    assert "1 blocks were finished before" in caplog.text
+    pipeline.save(run, tmp_path / "again")
+    assert torch.equal(output(run.loaded), output(whole.loaded))
+    for file in ("quantized.safetensors", "layout.json"):
+        assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()

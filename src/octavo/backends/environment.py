@@ -7,8 +7,11 @@ import platform
 import resource
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
+
+from octavo.numerics.digest import digest_of
 
 _PACKAGES = ("torch", "transformers", "numpy", "safetensors")
 
@@ -26,6 +29,14 @@ def environment(device: torch.device) -> dict[str, str]:
     )
     found["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     return found
+
+
+def code_digest() -> str:
+    """Of octavo's own files, and the versions of what computes: equal where the same input gives the same bytes."""
+    root = Path(__file__).parents[1]
+    files = sorted(path for path in root.rglob("*") if path.suffix in (".py", ".cpp"))
+    parts = [(str(path.relative_to(root)), path.read_bytes()) for path in files]
+    return digest_of(parts, torch.__version__, torch.backends.cpu.get_cpu_capability())
 
 
 def peak_memory_bytes() -> int:

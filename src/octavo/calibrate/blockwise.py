@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +13,10 @@ from torch import Tensor
 
 from octavo.calibrate.algorithm import Algorithm
 from octavo.calibrate.batches import Calibrated, require_no_data
+from octavo.calibrate.checkpoint import Checkpoint, Keeping
 from octavo.errors import UserError
+from octavo.numerics.block_state import BlockState
+from octavo.numerics.digest import Digest
 from octavo.numerics.door import Block, Door
 from octavo.numerics.statistics import Need
 from octavo.numerics.store import Store
@@ -25,6 +30,7 @@ from octavo.spec.steps import Step, matcher
 logger = logging.getLogger(__name__)
 
 Steps = Sequence[tuple[Step, Algorithm]]
+_Chosen = tuple[Step, Algorithm, frozenset[str]]
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 _COARSE = 5e-2  # of fp16 and bf16: a weight is rounded every time it is written
 
@@ -48,6 +54,7 @@ def calibrate_blockwise(
     *,
     is_quantized: bool,
     track: Track = silent,
+    keeping: Keeping | None = None,
 ) -> Calibrated:
     """Find every range of ``plan`` and let ``steps`` work on every block, in the order of the forward pass.
 
@@ -58,6 +65,7 @@ def calibrate_blockwise(
         batches: One forward pass each; ``None`` where no step and no quantizer needs data.
         is_quantized: A block's inputs come through the quantized blocks before it, so that it can make up for them.
         track: Told of every block.
+        keeping: Where finished blocks wait, so that a walk that was killed goes on where it was.
 
     Raises:
         UserError: the plan or a step needs data and there is none, a step is refused or fails, or one that should keep
@@ -71,23 +79,22 @@ def calibrate_blockwise(
     told = _Told()
     chosen = matchers(plan, [step for step, _ in steps])
     keeps = Need.CROSS in needs
-    with Store() as store, door.evaluating():
-        walk = door.walk(batches, store, is_quantized=is_quantized, keeps_unquantized=keeps)
+    data = Digest()
+    with Store() as store, door.evaluating(), ExitStack() as cleanup:
+        seen = batches if batches is None or keeping is None else data.watched(batches)
+        walk = door.walk(seen, store, is_quantized=is_quantized, keeps_unquantized=keeps)
         num_batches = walk.num_batches
         if batches is not None and not num_batches:
             raise UserError("the calibration data is empty: it gave no batch")
-        for block in track(walk, told.now):
-            clock = Clock()
-            with clock.phase("block"):
-                told.at(block.name, "gather")
-                block.gather(needs)
-                rows, plain = _run_steps(block, [(s, a, chosen[s]) for s, a in steps], told)
-                told.at(block.name, "round")
-                told.off.update(block.settle())
-                error = block.advance()
-            told.finished(
-                BlockRecord(name=block.name, error=error, plain_error=plain, steps=rows, seconds=clock.seconds["block"])
-            )
+        kept = None if keeping is None else cleanup.enter_context(keeping.opened(data=str(data)))
+        work = [(step, algorithm, chosen[step]) for step, algorithm in steps]
+        for number, block in enumerate(track(walk, told.now)):
+            done = None if kept is None else _recalled(block, number, kept, told)
+            if done is None:
+                done = _worked_on(block, needs, work, told)
+                if kept is not None:
+                    _kept(block, number, kept, done)
+            told.finished(done, block.advance())
     for name, why in told.off.items():
         logger.warning("quantizer '%s' stays off: %s", name, why)
     tokens = {path: list(counts) for path, counts in door.expert_tokens().items()}
@@ -113,11 +120,42 @@ class _Told:
         """``what`` begins."""
         self._place = f"{block}: {what}"
 
-    def finished(self, block: BlockRecord) -> None:
+    def finished(self, done: _Done, error: float | None) -> None:
         """A block is done."""
-        self.blocks.append(block)
-        if block.error is not None:
-            logger.info("block '%s': relative squared error of its output %.2e", block.name, block.error)
+        self.off |= done.off
+        self.notes += done.notes
+        self.blocks.append(done.block.model_copy(update={"error": error}))
+        if error is not None:
+            logger.info("block '%s': relative squared error of its output %.2e", done.block.name, error)
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """What is to be told of a block that was worked on."""
+
+    block: BlockRecord
+    off: dict[str, str]
+    notes: list[str]
+
+    def facts(self) -> dict[str, Any]:
+        return {"block": self.block.model_dump(), "off": self.off, "notes": self.notes}
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any]) -> _Done:
+        return cls(BlockRecord.model_validate(facts["block"]), dict(facts["off"]), list(facts["notes"]))
+
+
+def _worked_on(block: Block, needs: frozenset[Need], work: Sequence[_Chosen], told: _Told) -> _Done:
+    """Gather, steps, ranges."""
+    clock = Clock()
+    told.at(block.name, "gather")
+    with clock.phase("block"):
+        block.gather(needs)
+        rows, plain, notes = _run_steps(block, work, told)
+        told.at(block.name, "round")
+        off = dict(block.settle())
+    seconds = clock.seconds["block"]
+    return _Done(BlockRecord(name=block.name, plain_error=plain, steps=rows, seconds=seconds), off, notes)
 
 
 def matchers(plan: Plan, steps: Sequence[Step]) -> Mapping[Step, frozenset[str]]:
@@ -130,26 +168,38 @@ def matchers(plan: Plan, steps: Sequence[Step]) -> Mapping[Step, frozenset[str]]
     return {step: matcher(step, weights) for step in steps}
 
 
-_Chosen = tuple[Step, Algorithm, frozenset[str]]
+def _kept(block: Block, number: int, kept: Checkpoint, done: _Done) -> None:
+    state = block.state()
+    kept.keep(number, block.name, BlockState(state.tensors, {"block": state.facts, "done": done.facts()}))
 
 
-def _run_steps(block: Block, steps: Sequence[_Chosen], told: _Told) -> tuple[list[StepRecord], float | None]:
-    """Every step on its layers of a block; what each left of the error, and the error before the first."""
+def _recalled(block: Block, number: int, kept: Checkpoint, told: _Told) -> _Done | None:
+    """A block that was finished before is so again; ``None`` where it was not."""
+    state = kept.find(number, block.name)
+    if state is None:
+        return None
+    told.at(block.name, "finished before")
+    block.recall(BlockState(state.tensors, state.facts["block"]))
+    return _Done.of(state.facts["done"])
+
+
+def _run_steps(block: Block, steps: Sequence[_Chosen], told: _Told) -> tuple[list[StepRecord], float | None, list[str]]:
+    """Every step on its layers of a block; what each left of the error, the error before the first, and notes."""
     work = [(step, algorithm, [x for x in block.layers() if x in chosen]) for step, algorithm, chosen in steps]
     work = [(step, algorithm, layers) for step, algorithm, layers in work if layers]
     if not work:
-        return [], None
+        return [], None, []
     full = block.probe()
     plain = _error_so_far(block, full)
-    rows = []
+    rows, notes = [], []
     for step, algorithm, layers in work:
         told.at(block.name, step.name)
         clock = Clock()
         with clock.phase(step.name):
-            told.notes += _run_step(block, step, algorithm, layers)
+            notes += _run_step(block, step, algorithm, layers)
         error = _error_so_far(block, full)
         rows.append(StepRecord(name=step.name, error=error, seconds=clock.seconds[step.name]))
-    return rows, plain
+    return rows, plain, notes
 
 
 def _error_so_far(block: Block, full: Sequence[Tensor]) -> float | None:

@@ -79,6 +79,7 @@ def quantized(
         layouts=("onnx",) if is_graph_file(order.out) else order.layouts,
         target=order.target,
         require_coverage=order.require_coverage,
+        checkpoint=None if order.out is None else checkpoint_of(order.out),
         clock=clock,
         track=track,
         on_plan=on_plan,
@@ -89,14 +90,21 @@ def quantized(
     run.record = dataclasses.replace(run.record, leave=order.leave, seconds=dict(clock.seconds))
     if order.out is not None and not is_graph_file(order.out):
         write_record(order.out, run.record)
+    pipeline.forget_checkpoint(run)
     return run
+
+
+def checkpoint_of(out: Path) -> Path:
+    """Where blocks that steps have finished wait while ``out`` is not written."""
+    out = out.expanduser().resolve()
+    return out.with_name(f".octavo-blocks-{out.name}")
 
 
 def _written(run: pipeline.Run, order: Order, out: Path, *, sample: Any) -> pipeline.Run:
     """One graph, or a run directory with the checkpoints that were asked for."""
     if is_graph_file(out):
         return pipeline.export_graph(run, out, sample=sample)
-    run = pipeline.save(run, out, trust_remote_code=order.trust_remote_code)
+    run = pipeline.save(run, out, trust_remote_code=order.trust_remote_code, keep_checkpoint=True)
     for layout in order.layouts:
         code = order.trust_remote_code
         pipeline.export(run, out / layout, layout=layout, sample=sample, trust_remote_code=code)

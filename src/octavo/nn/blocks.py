@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from octavo.backends.simulate import loops_for
 from octavo.errors import UserError
 from octavo.nn.block_layers import BlockLayer, block_layers
+from octavo.nn.block_state import bring_back, state_of, versions
 from octavo.nn.calls import KeptTree, Tree, floating
 from octavo.nn.experts import ExpertWatch
 from octavo.nn.extras import INPUT_TRANSFORM, LOW_RANK, InputTransform, Listener, LowRank
 from octavo.nn.flow import Link, LinkFinder, Producer, Trial, divide_columns
 from octavo.nn.fusion import Member, fixed_outers, shared_amaxes
 from octavo.nn.quantizer import ActivationQuantizer, Mode, Quantizer, new_observer
+from octavo.numerics.block_state import BlockState
 from octavo.numerics.door import Fold, InputGroup
 from octavo.numerics.hadamard import rotate
 from octavo.numerics.observers import AbsMaxObserver, NotFiniteError
@@ -107,6 +109,8 @@ class TorchBlock:
         self._has_folded = False
         self._needs: frozenset[Need] = frozenset()
         self._unrounded: dict[str, Tensor] = {}
+        self._model = model
+        self._before = versions(model)
 
     # What an algorithm reads
 
@@ -253,7 +257,10 @@ class TorchBlock:
         if not found.takes_low_rank:
             raise UserError(f"layer '{layer}': a low-rank branch needs a linear layer that has none yet")
         dtype = found.parameter.dtype
-        found.holder.add_module(LOW_RANK, LowRank(a.detach().to(dtype), b.detach().to(dtype)))
+        a, b = (
+            part.detach().to(dtype).contiguous() for part in (a, b)
+        )  # as a file gives them: products differ in bits
+        found.holder.add_module(LOW_RANK, LowRank(a, b))
 
     def _update(self, group: InputGroup, change: Any) -> None:
         leader = self._leader.get(group.layers[0])
@@ -377,6 +384,18 @@ class TorchBlock:
         """Weights that engines join."""
         groups = [[self._layers[name] for name in names if name in self._layers] for names in self._fused]
         return [[(x.quantizer, x.parameter) for x in group] for group in groups]
+
+    def state(self) -> BlockState:
+        """See ``Block.state``."""
+        found = state_of(self._model, self._quantizers, self._layers, self._before)
+        return BlockState(found.tensors, {**found.facts, "knows_groups": self._groups is not None})
+
+    def recall(self, state: BlockState) -> None:
+        """See ``Block.recall``. Observers and links may be shared with later blocks, and see what they saw before."""
+        self.gather(frozenset())
+        if state.facts["knows_groups"]:
+            self.groups()
+        bring_back(self._model, self._quantizers, self._layers, state)
 
     @torch.no_grad()
     def advance(self) -> float | None:

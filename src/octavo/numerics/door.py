@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from octavo.numerics.block_state import BlockState
 from octavo.numerics.qtensor import QTensor
 from octavo.numerics.snapshot import LayerSnapshot, Snapshot
 from octavo.numerics.statistics import InputStatistics, Need
@@ -214,6 +215,20 @@ class Block(Protocol):
 
         Returns:
             Quantizer name -> why it stays off.
+        """
+        ...
+
+    def state(self) -> BlockState:
+        """What steps and ``settle`` have changed since the block was handed out, wherever it is."""
+        ...
+
+    def recall(self, state: BlockState) -> None:
+        """In place of ``gather``, steps and ``settle``: the block as it was when ``state`` was taken.
+
+        Data pass through it once, as through any other, for what later blocks learn from that.
+
+        Args:
+            state: Of this block, in a walk over the same model and data with the same plan and steps.
         """
         ...
 

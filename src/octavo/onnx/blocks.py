@@ -17,6 +17,7 @@ from torch import Tensor
 
 from octavo.errors import UserError
 from octavo.numerics.arrays import array_of, tensor_of
+from octavo.numerics.block_state import BlockState
 from octavo.numerics.door import Fold, InputGroup
 from octavo.numerics.observers import NotFiniteError
 from octavo.numerics.qtensor import QTensor
@@ -361,6 +362,15 @@ class GraphBlock:
             for index in self.inputs():
                 self._look(session.run(self.walk.get(self.walk.live[index])))
         return self.calibration.settle(self._sites)
+
+    def state(self) -> BlockState:
+        """See ``Block.state``."""
+        return self.calibration.state(self._sites)
+
+    def recall(self, state: BlockState) -> None:
+        """See ``Block.recall``."""
+        self.gather(frozenset())
+        self.calibration.bring_back(self._sites, state)
 
     def advance(self) -> float | None:
         """See ``Block.advance``."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from octavo.backends.codes import quantize
 from octavo.backends.weight_ranges import weight_range
 from octavo.numerics.arrays import array_of, tensor_of
+from octavo.numerics.block_state import BlockState, from_parts, named_parts
 from octavo.numerics.observers import NotFiniteError, Observer, make_observer
 from octavo.numerics.qtensor import QTensor
 from octavo.numerics.scaling import scale_from_range
@@ -24,6 +25,7 @@ from octavo.spec.plan import Plan, QuantizerSpec
 from octavo.spec.select import quantizer_name
 
 Sites = Mapping[str, GraphSite]
+_RANGE = ("scale", "zero_point")
 
 
 class Calibration:
@@ -49,6 +51,7 @@ class Calibration:
         self.model = model
         self.sites = sites
         self.weights: dict[str, QTensor | Tensor] = {}
+        self._written: set[str] = set()
         self._plan = plan
         self._publish = publish
         self._specs = {decision.site.name: decision.scheme for decision in plan.decisions}
@@ -86,6 +89,7 @@ class Calibration:
         assert initializer.const_value is not None
         array = np.ascontiguousarray(array_of(value)).astype(initializer.const_value.numpy().dtype)
         initializer.const_value = ir.Tensor(array, name=name)
+        self._written.add(name)
 
     def observed_in(self, sites: Iterable[str]) -> list[str]:
         """Tensors that quantizers of these sites look at."""
@@ -129,7 +133,7 @@ class Calibration:
                     continue
                 self._ranges[name] = found
             self._off.discard(name)
-        self._publish(Found(dict(self._ranges), dict(self.weights), tuple(self._off)))
+        self._tell()
         return off
 
     def _codes(self, layer: str, joined: Iterable[str], shared: Mapping[str, Tensor]) -> QTensor:
@@ -153,6 +157,50 @@ class Calibration:
                 largest = torch.stack([self.read_weight(name).abs().amax() for name in names]).amax()
                 found |= dict.fromkeys(names, largest)
         return found
+
+    def _tell(self) -> None:
+        self._publish(Found(dict(self._ranges), dict(self.weights), tuple(self._off)))
+
+    def state(self, sites: Iterable[str]) -> BlockState:
+        """What was found for these sites, and everything that was written since the last call."""
+        tensors = {}
+        names = [name for name, _, site, _ in self._quantizers if site.facts.name in set(sites)]
+        for name, part in (
+            (n, p) for n in names if n in self._ranges for p in zip(_RANGE, self._ranges[n], strict=True)
+        ):
+            if part[1] is not None:
+                tensors[f"{name}.{part[0]}"] = part[1]
+        for site in sites:
+            weight = self.weights.get(site)
+            if isinstance(weight, QTensor):
+                tensors |= dict(named_parts(f"codes.{site}", weight))
+        for name in self._written:
+            value = self.model.graph.initializers[name].const_value
+            assert value is not None
+            tensors[f"model.{name}"] = tensor_of(value.numpy())
+        self._written.clear()
+        return BlockState(tensors, {"on": [name for name in names if name not in self._off]})
+
+    def bring_back(self, sites: Iterable[str], state: BlockState) -> None:
+        """Find what ``state`` was found to be."""
+        for key, tensor in state.tensors.items():
+            if key.startswith("model."):
+                self.write(key.removeprefix("model."), tensor)
+        self._written.clear()
+        for name, spec, site, slot in self._quantizers:
+            if site.facts.name not in set(sites):
+                continue
+            if slot is Slot.WEIGHT:
+                shape = tuple(matrix_of(site, self.model).shape)
+                self.weights[site.facts.name] = from_parts(
+                    f"codes.{site.facts.name}", spec.format, shape, state.tensors
+                )
+            elif f"{name}.scale" in state.tensors:
+                scale, zero_point = (state.tensors.get(f"{name}.{part}") for part in _RANGE)
+                assert scale is not None
+                self._ranges[name] = scale, zero_point
+        self._off -= set(state.facts["on"])
+        self._tell()
 
     def simulated(self, sites: Iterable[str]) -> ir.Model:
         """The graph with the quantizers of these sites, which are settled."""
