@@ -13,7 +13,7 @@ def test_the_clip_model_is_there():
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones():
-    with pytest.raises(UserError, match="no demo model 'clap'; choose one of: clip"):
+    with pytest.raises(UserError, match="no demo model 'clap'; choose one of: clip, llama"):
         model_path("clap")
     assert all(model_path(name).is_dir() for name in MODEL_NAMES)
 

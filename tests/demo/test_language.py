@@ -1,5 +1,6 @@
 """The demo language model's text, tokens and training: seeded, resumable, and nothing held out is learned."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,7 +9,10 @@ from itertools import pairwise
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import octavo
+from octavo.demo import model_path
 from octavo.demo.checkpoint import Run
 from octavo.demo.language import corpus
 from octavo.demo.language import train as training
@@ -109,3 +113,25 @@ def test_the_rate_rises_stays_and_falls_to_nothing():
     assert set(shares[10:50]) == {1.0}
     assert shares[50:] == sorted(shares[50:], reverse=True)
     assert 0 < shares[-1] <= 0.02
+
+
+def test_the_model_that_ships_knows_text_that_it_never_saw():
+    directory = model_path("llama")
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    text = (directory / "held_out.txt").read_text(encoding="utf-8")
+    assert training.bits_per_byte(model, tokenizer, text[40_000:70_000]) < 1.35
+    assert (directory / "model.safetensors").stat().st_size <= 12e6
+
+
+def test_its_calibration_text_is_none_of_the_held_out():
+    held_out = (model_path("llama") / "held_out.txt").read_text(encoding="utf-8")
+    texts = [sample.text for sample in octavo.open_data("demo:stdlib-calibration").samples]
+    assert len(texts) == 256
+    assert not [text for text in texts if text[:400] in held_out]
+
+
+def test_its_log_says_what_it_cost():
+    lines = [json.loads(line) for line in (model_path("llama") / "training_log.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == Schedule().num_steps
+    assert lines[-1]["bits_per_byte"] <= 1.35

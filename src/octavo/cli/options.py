@@ -11,7 +11,7 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A Hugging Face directory or id, an .onnx file, package.module:factory, or demo:clip.",
+        help="A Hugging Face directory or id, an .onnx file, package.module:factory, demo:clip or demo:llama.",
         show_default=False,
     ),
 ]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from octavo.errors import UserError
 
-MODEL_NAMES = ("clip",)
+MODEL_NAMES = ("clip", "llama")
 MODEL_DIR = Path(__file__).parent / "clip"
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from octavo.demo import tasks
+from octavo.demo import model_path, tasks
 from octavo.errors import UserError
 from octavo.sources.arrays import ARRAY_SUFFIXES, holds_arrays, read_arrays
 from octavo.sources.extras import import_callable, is_callable_name
@@ -67,6 +67,10 @@ def demo_data() -> dict[str, Callable[[], Dataset]]:
         "scenes": _demo_scenes,
         "shapes-100": lambda: _demo_shapes("shapes-100"),
         "shapes-1k": lambda: _demo_shapes("shapes-1k"),
+        "stdlib": lambda: read_text_file(model_path("llama") / "held_out.txt", "demo:stdlib"),
+        "stdlib-calibration": lambda: read_json_lines(
+            model_path("llama") / "calibration.jsonl", "demo:stdlib-calibration"
+        ),
     }
 
 

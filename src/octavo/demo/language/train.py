@@ -50,7 +50,7 @@ class Schedule:
         seed: Of the weights and of the order of the windows.
     """
 
-    num_steps: int = 2400
+    num_steps: int = 1400
     batch_size: int = 32
     matrix_rate: float = 0.02
     rate: float = 3e-3
