@@ -46,6 +46,7 @@ from octavo.sources.extras import is_callable_name
 from octavo.sources.feeding import few_rows
 from octavo.sources.graphs import GraphModule
 from octavo.sources.models import describes_model
+from octavo.spec.beside import Beside
 from octavo.spec.coverage import check_coverage
 from octavo.spec.experts import rare_experts
 from octavo.spec.plan import Plan
@@ -184,6 +185,7 @@ def quantize(
         except BaseException as error:
             _take_back(door, error)
             raise
+    the_plan = the_plan.with_beside(_left_beside(door, the_plan))
     with clock.phase("evaluate"):
         after = _measure(loaded, tasks, references, track, the_recipe.name)
     record = dataclasses.replace(
@@ -664,6 +666,26 @@ def _refuse_steps(the_plan: Plan, recipe: Recipe, batches: Iterable[Any] | None,
         _refuse(layout, exporter(layout, LAYOUTS).step_problems(the_plan, chosen))
     if batches is None:
         require_data_for(make_algorithms(recipe.steps))
+
+
+def _left_beside(door: Door, the_plan: Plan) -> dict[str, Beside]:
+    """Site -> what algorithms have left beside it."""
+    found: dict[str, dict[str, int]] = {}
+    for name, tensor in door.simulated_extras():
+        site, _, part = name.removesuffix(".a").rpartition(".")
+        match part:
+            case "pre_scale":
+                found.setdefault(site, {})["num_scales"] = tensor.numel()
+            case "low_rank":
+                found.setdefault(site, {})["rank"] = len(tensor)
+            case "input_rotation":
+                found.setdefault(site, {})["rotation"] = int(tensor)
+    known = {name for decision in the_plan.decisions for name in decision.site.parameters}
+    layers = {f"{d.site.name}.bias": d.site.name for d in the_plan.decisions if d.weight is not None}
+    for key, tensor in door.snapshot().passthrough():
+        if key in layers and key not in known:
+            found.setdefault(layers[key], {})["num_biases"] = tensor.numel()
+    return {site: Beside(**values) for site, values in found.items()}
 
 
 def _fingerprint(loaded: LoadedModel, the_plan: Plan, recipe: Recipe, batches: Iterable[Any] | None) -> dict[str, str]:

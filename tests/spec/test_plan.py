@@ -10,11 +10,13 @@ import pytest
 
 from hand_made_facts import clip, encoder, linear, mixture, model, norm
 from octavo.errors import UserError
+from octavo.spec.beside import Beside
 from octavo.spec.facts import ModelFacts, Slot
 from octavo.spec.formats import FORMATS
 from octavo.spec.plan import Change, Decision, ObserverSpec, Plan, QuantizerSpec
 from octavo.spec.recipe import Recipe, load_recipe
 from octavo.spec.resolve import resolve
+from octavo.spec.steps import make_step
 
 MODELS = [clip(), encoder(), mixture()]
 INT8 = Recipe("mine", ()).quantize("operation:linear", weight="int8-channel", input="int8-tensor")
@@ -59,6 +61,16 @@ def test_bytes_are_codes_scales_and_what_stays() -> None:
     codes, scales, bias, layer_norm, input_scale = 32, 8 * 4, 8 * 4, 8 * 4, 4
     assert plan.bytes_before == 32 * 4 + bias + layer_norm + 100
     assert plan.bytes_after == codes + scales + bias + layer_norm + input_scale + 100
+
+
+def test_branches_are_counted_before_there_are_any() -> None:
+    facts = model("m", [linear("fc", 64, 48), linear("small", 16, 8)])
+    plain = resolve(INT8, facts)
+    plan = resolve(INT8.with_steps(make_step("svdquant", {"rank": 16})), facts)
+    assert plan.bytes_after - plain.bytes_after == 16 * (64 + 48) * 4
+    done = plan.with_beside({"small": Beside(num_scales=16, num_biases=8, rotation=4)})
+    assert done.bytes_after - plain.bytes_after == 16 * 4 + 8 * 4
+    assert Plan.from_json(done.to_json()) == done
 
 
 def test_a_dynamic_range_is_not_stored() -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from octavo.errors import UserError
+from octavo.spec.beside import NOTHING, Beside
 from octavo.spec.coverage import CoverageRow, coverage
 from octavo.spec.experts import ExpertsPolicy
 from octavo.spec.facts import ModelFacts, SiteFacts, Slot
@@ -78,12 +79,14 @@ class Decision:
         scheme: Slot -> quantizer; empty when the site stays as it is.
         rule: Which rule decided, as the user would recognise it; empty when none matched.
         why: Why the site, or a part of it, stays as it is; empty when fully quantized.
+        beside: What algorithms leave beside the layer: after a run as it came out, before as far as steps say.
     """
 
     site: SiteFacts
     scheme: Scheme
     rule: str = ""
     why: str = ""
+    beside: Beside = NOTHING
 
     @property
     def weight(self) -> QuantizerSpec | None:
@@ -108,8 +111,8 @@ class Decision:
 
     @property
     def bytes_after(self) -> int:
-        """Bytes of the site's parameters and scales once quantized."""
-        size = self.site.parameter_bytes
+        """Bytes of the site's parameters and scales once quantized, and of what algorithms leave beside them."""
+        size = self.site.parameter_bytes + self.beside.num_bytes(self.site)
         if self.weight is not None:
             size += self.weight.format.stored_bytes(self.site.weight_shape) - self.weight_bytes_before
         static = [spec for slot, spec in self.scheme.items() if slot is not Slot.WEIGHT and not spec.is_dynamic]
@@ -179,7 +182,11 @@ class Plan:
 
     @property
     def bytes_after(self) -> int:
-        """The same once quantized: codes, scales and what stays as it is. An estimate until files are written."""
+        """The same once quantized: codes, scales, what algorithms leave beside layers, and what stays as it is.
+
+        After a run these are the bytes of the tensors in its files. Before, scales of inputs are not counted: most are
+        folded into the layer before.
+        """
         saved = sum(decision.site.parameter_bytes - decision.bytes_after for decision in self.decisions)
         return self.facts.total_bytes - saved
 
@@ -199,6 +206,11 @@ class Plan:
                 readers = frozenset((site.name, *site.shares_input_with))
                 groups.setdefault((readers, spec.format), []).append(site.name)
         return tuple(tuple(names) for names in groups.values() if len(names) > 1)
+
+    def with_beside(self, found: Mapping[str, Beside]) -> Plan:
+        """The plan of a run that is done: site name -> what is beside it now, and nothing beside the others."""
+        decisions = (replace(d, beside=found.get(d.site.name, NOTHING)) for d in self.decisions)
+        return replace(self, decisions=tuple(decisions))
 
     def decision(self, site: str) -> Decision:
         """What the site of this name gets.
@@ -252,6 +264,7 @@ class Plan:
                 "scheme": {slot.value: spec.to_dict() for slot, spec in decision.scheme.items()},
                 "rule": decision.rule,
                 "why": decision.why,
+                **({"beside": decision.beside.to_dict()} if decision.beside != NOTHING else {}),
             }
             for decision in self.decisions
         ]
@@ -291,7 +304,8 @@ class Plan:
 
 def _decision_from_dict(data: Mapping[str, Any]) -> Decision:
     scheme = {Slot(slot): QuantizerSpec.from_dict(spec) for slot, spec in data["scheme"].items()}
-    return Decision(site_from_dict(data["site"]), scheme, data["rule"], data["why"])
+    beside = Beside.from_dict(data.get("beside", {}))
+    return Decision(site_from_dict(data["site"]), scheme, data["rule"], data["why"], beside)
 
 
 def _with_observer(spec: QuantizerSpec | None) -> str:

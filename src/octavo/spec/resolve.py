@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from typing import assert_never
 
 from octavo.errors import UserError
+from octavo.spec.branches import with_branches
 from octavo.spec.double_quantization import with_doubled_scales
 from octavo.spec.element import IntFormat
 from octavo.spec.experts import format_for
@@ -48,7 +49,7 @@ def resolve(recipe: Recipe, facts: ModelFacts, target: str = "") -> Plan:
     runtime = target_named(target)
     rules = [_bind(recipe, index, facts) for index in range(len(recipe.rules))]
     decisions = tuple(for_target(_decide(site, rules), runtime) for site in facts.sites)
-    decisions = with_doubled_scales(decisions, recipe.steps)
+    decisions = with_branches(with_doubled_scales(decisions, recipe.steps), recipe.steps)
     _refuse_misfits(decisions)
     warnings = (*_warnings(rules, facts), *_unreached(decisions), *_costs(decisions))
     experts = recipe.calibration.experts if facts.experts else None
