@@ -96,7 +96,9 @@ class Run:
         return self.loaded.model
 
 
-def plan(model: Model, recipe: str | Path | Recipe, *, sample: Any = None, target: str = "") -> Plan:
+def plan(
+    model: Model, recipe: str | Path | Recipe, *, sample: Any = None, target: str = "", layouts: Iterable[str] = ()
+) -> Plan:
     """Who would get what, and why; nothing changes and no data is needed.
 
     Args:
@@ -105,12 +107,16 @@ def plan(model: Model, recipe: str | Path | Recipe, *, sample: Any = None, targe
         sample: One batch for the traced forward. Without it one is made from the model's processor or configuration
             where there is one; without any, the plan says what it could not see.
         target: Where the files will run.
+        layouts: Checkpoint layouts to be written later; what they cannot hold is refused now.
 
     Raises:
-        UserError: the recipe does not fit the model.
+        UserError: the recipe does not fit the model, or the plan a layout.
     """
-    loaded = _loaded(model)
-    return resolve(load_recipe(recipe), _door(loaded, sample).facts(), target)
+    loaded, the_recipe = _loaded(model), load_recipe(recipe)
+    found = resolve(the_recipe, _door(loaded, sample).facts(), target)
+    _refuse_misfits(found, layouts)
+    _refuse_step_misfits(found, the_recipe, layouts)
+    return found
 
 
 def quantize(
@@ -173,7 +179,7 @@ def quantize(
     keeping = None
     if checkpoint is not None and the_recipe.steps:
         check_checkpoint(Path(checkpoint))
-        keeping = Keeping(Path(checkpoint), _fingerprint(loaded, the_plan, the_recipe, batches))
+        keeping = Keeping(Path(checkpoint), _fingerprint(loaded, the_plan, the_recipe, batches, layouts))
     with clock.phase("evaluate"):
         references = {task.name: task.outputs(loaded) for task in tasks}
         before = _measure(loaded, tasks, references, track, "unquantized") if baseline is None else baseline
@@ -181,7 +187,10 @@ def quantize(
         door.prepare(the_plan)
         try:
             with watched(loaded.model, tuple(step.name for step in the_recipe.steps), keep=keep_original):
-                calibrated = _calibrate(door, the_plan, the_recipe, batches, track, keeping)
+                folds_only = _folds_only(the_plan, layouts)
+                calibrated = _calibrate(
+                    door, the_plan, the_recipe, batches, track=track, keeping=keeping, folds_only=folds_only
+                )
         except BaseException as error:
             _take_back(door, error)
             raise
@@ -661,11 +670,15 @@ def _take_back(door: Door, error: BaseException) -> None:
 
 
 def _refuse_steps(the_plan: Plan, recipe: Recipe, batches: Iterable[Any] | None, layouts: Iterable[str]) -> None:
+    _refuse_step_misfits(the_plan, recipe, layouts)
+    if batches is None:
+        require_data_for(make_algorithms(recipe.steps))
+
+
+def _refuse_step_misfits(the_plan: Plan, recipe: Recipe, layouts: Iterable[str]) -> None:
     chosen = matchers(the_plan, recipe.steps)
     for layout in layouts:
         _refuse(layout, exporter(layout, LAYOUTS).step_problems(the_plan, chosen))
-    if batches is None:
-        require_data_for(make_algorithms(recipe.steps))
 
 
 def _left_beside(door: Door, the_plan: Plan) -> dict[str, Beside]:
@@ -688,7 +701,9 @@ def _left_beside(door: Door, the_plan: Plan) -> dict[str, Beside]:
     return {site: Beside(**values) for site, values in found.items()}
 
 
-def _fingerprint(loaded: LoadedModel, the_plan: Plan, recipe: Recipe, batches: Iterable[Any] | None) -> dict[str, str]:
+def _fingerprint(
+    loaded: LoadedModel, the_plan: Plan, recipe: Recipe, batches: Iterable[Any] | None, layouts: Sequence[str]
+) -> dict[str, str]:
     """Of what finished blocks are, without the data."""
     if isinstance(batches, list) and any(callable(batch) for batch in batches):
         raise UserError("checkpoint: what a function feeds is not known beforehand; give batches, or no checkpoint")
@@ -697,9 +712,17 @@ def _fingerprint(loaded: LoadedModel, the_plan: Plan, recipe: Recipe, batches: I
     files = [loaded.model.path.read_bytes()] if isinstance(loaded.model, GraphModule) else []
     return {
         "model": digest_of(loaded.model.state_dict(), str(loaded.device), settings, files),
-        "recipe": digest_of(recipe.to_yaml(), dataclasses.replace(the_plan, warnings=()).to_json()),
+        "recipe": digest_of(
+            recipe.to_yaml(),
+            dataclasses.replace(the_plan, warnings=()).to_json(),
+            sorted(_folds_only(the_plan, layouts)),
+        ),
         "code": code_digest(),
     }
+
+
+def _folds_only(the_plan: Plan, layouts: Iterable[str]) -> frozenset[str]:
+    return frozenset().union(*(exporter(layout, LAYOUTS).folds_only(the_plan) for layout in layouts))
 
 
 def _calibrate(
@@ -707,8 +730,10 @@ def _calibrate(
     the_plan: Plan,
     recipe: Recipe,
     batches: Iterable[Any] | None,
+    *,
     track: Track,
     keeping: Keeping | None = None,
+    folds_only: frozenset[str] = frozenset(),
 ) -> Calibrated:
     """One pass over the data; block by block where the recipe has steps."""
     steps = make_algorithms(recipe.steps)
@@ -717,7 +742,9 @@ def _calibrate(
     wanted = recipe.calibration.inputs
     makes_up = any(Need.QUANTIZED in algorithm.needs for _, algorithm in steps)
     is_quantized = wanted == "quantized" or (wanted == "auto" and makes_up)
-    return calibrate_blockwise(door, the_plan, steps, batches, is_quantized=is_quantized, track=track, keeping=keeping)
+    return calibrate_blockwise(
+        door, the_plan, steps, batches, is_quantized=is_quantized, track=track, keeping=keeping, folds_only=folds_only
+    )
 
 
 def _refuse_misfits(the_plan: Plan, layouts: Iterable[str]) -> None:

@@ -133,6 +133,15 @@ def test_a_layout_needs_a_run_directory() -> None:
     assert "say which, --out RUN" in refused("quantize", "bert", *CALIBRATED, "--layout", "modelopt")
 
 
+@pytest.mark.parametrize("verb", ["plan", "quantize"])
+def test_steps_whose_work_a_layout_cannot_hold_are_refused_beforehand(verb: str, tmp_path: Path) -> None:
+    (tmp_path / "turned.yaml").write_text("extends: int8\nsteps: [{rotate: {block: 8}}]")
+    data = () if verb == "plan" else ("--data", "prose.txt", "--out", tmp_path / "fresh")
+    message = refused(verb, "llama", "--recipe", tmp_path / "turned.yaml", *data, "--layout", "modelopt")
+    assert "step 'rotate': the layout has no place for the rotation of its input" in message
+    assert "the run directory holds every format" in message
+
+
 def test_a_layout_that_cannot_hold_the_recipe_is_refused_before_calibration(
     monkeypatch: pytest.MonkeyPatch, bench: Path
 ) -> None:

@@ -14,7 +14,7 @@ from octavo.errors import UserError
 from octavo.export.base import EXPORTERS
 from octavo.nn.extras import INPUT_TRANSFORM, LOW_RANK, InputTransform, LowRank
 from octavo.readers.inspect import inspect
-from octavo.spec.recipe import load_recipe, presets
+from octavo.spec.recipe import Recipe, load_recipe, presets
 
 NAMES = [recipe.name for recipe in presets()]
 
@@ -131,6 +131,18 @@ def test_scales_and_branches_are_exported(tmp_path: Path) -> None:
     found = octavo.verify(out, run, data)
     assert found.agrees, found
     assert found.weights.num_tensors == 3 + 5  # biases; three scales and a branch
+
+
+@torch.no_grad()
+def test_scales_that_a_layout_has_no_place_for_are_folded_or_left(tmp_path: Path) -> None:
+    recipe = Recipe("r", ()).quantize("operation:linear", weight="e4m3-tensor", input="e4m3-tensor")
+    recipe = recipe.with_steps("smoothquant")
+    run = octavo.quantize(Small(), recipe, batches(), layouts=["modelopt"])
+    assert all(layer.pre_scale is None for layer in run.door.snapshot().layers())
+    assert any("'up': step 'smoothquant' left it alone" in warning for warning in run.record.warnings)
+    assert octavo.verify(octavo.export(run, tmp_path / "out"), run, batches()).agrees
+    with pytest.raises(UserError, match="no pre_quant_scale under FP8"):
+        octavo.export(octavo.quantize(Small(), recipe, batches()), tmp_path / "out")
 
 
 SMOOTHED = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +56,7 @@ def calibrate_blockwise(
     is_quantized: bool,
     track: Track = silent,
     keeping: Keeping | None = None,
+    folds_only: AbstractSet[str] = frozenset(),
 ) -> Calibrated:
     """Find every range of ``plan`` and let ``steps`` work on every block, in the order of the forward pass.
 
@@ -66,6 +68,7 @@ def calibrate_blockwise(
         is_quantized: A block's inputs come through the quantized blocks before it, so that it can make up for them.
         track: Told of every block.
         keeping: Where finished blocks wait, so that a walk that was killed goes on where it was.
+        folds_only: Layers whose input takes a scale only where it can be folded, because files have no place for it.
 
     Raises:
         UserError: the plan or a step needs data and there is none, a step is refused or fails, or one that should keep
@@ -82,7 +85,7 @@ def calibrate_blockwise(
     data = Digest()
     with Store() as store, door.evaluating(), ExitStack() as cleanup:
         seen = batches if batches is None or keeping is None else data.watched(batches)
-        walk = door.walk(seen, store, is_quantized=is_quantized, keeps_unquantized=keeps)
+        walk = door.walk(seen, store, is_quantized=is_quantized, keeps_unquantized=keeps, folds_only=folds_only)
         num_batches = walk.num_batches
         if batches is not None and not num_batches:
             raise UserError("the calibration data is empty: it gave no batch")

@@ -22,6 +22,10 @@ def plan(
     recipe: opt.RecipeName,
     leave: opt.Leave = None,
     target: opt.Target = "",
+    layout: Annotated[
+        list[str] | None,
+        typer.Option("--layout", metavar="L", help="Refuse what this checkpoint layout cannot hold. Repeatable."),
+    ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Every parameter in a row of its own.")] = False,
     data: Annotated[
         str | None,
@@ -60,7 +64,7 @@ def plan(
         loaded = opened(order)
         batch = sample(order, loaded)
     with clock.phase("plan"):
-        the_plan = pipeline.plan(loaded, the_recipe, sample=batch, target=target)
+        the_plan = pipeline.plan(loaded, the_recipe, sample=batch, target=target, layouts=layout or ())
     if require_coverage is not None:
         check_coverage(the_plan, require_coverage)
     if out is not None:

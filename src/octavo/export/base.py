@@ -35,6 +35,10 @@ class Exporter(Protocol):
         """Why the layout cannot hold what steps will leave beside layers; ``chosen`` has the sites of each step."""
         ...
 
+    def folds_only(self, plan: Plan) -> frozenset[str]:
+        """Sites beside which there is no place for a scale of the input: it is folded elsewhere, or not used."""
+        ...
+
     def write(
         self,
         snapshot: Snapshot,
@@ -75,6 +79,10 @@ class ModelExporter(Protocol):
 
     def step_problems(self, plan: Plan, chosen: Mapping[Step, frozenset[str]]) -> list[str]:
         """See ``Exporter.step_problems``."""
+        ...
+
+    def folds_only(self, plan: Plan) -> frozenset[str]:
+        """See ``Exporter.folds_only``."""
         ...
 
     def is_previous(self, directory: Path) -> bool:

@@ -71,6 +71,11 @@ class ModelOptExporter:
                     found += [_problem_text(decision.site.name, f"step '{step.name}': {problem}")] if problem else []
         return found
 
+    def folds_only(self, plan: Plan) -> frozenset[str]:
+        """Layers whose label has no ``pre_quant_scale``."""
+        formats = (replace(from_decision(decision), extras=Extras(has_pre_scale=True)) for decision in plan.decisions)
+        return frozenset(layer.name for layer in formats if extras_problem(layer))
+
     def write(
         self,
         snapshot: Snapshot,

@@ -138,7 +138,10 @@ def extras_problem(layer: LayerFormats) -> str | None:
     if extras.rank and label.algorithm != "NVFP4_SVD":
         return f"the layout has a low-rank branch beside NVFP4 weights and inputs only, not under {label.algorithm}"
     if extras.has_pre_scale and label.algorithm not in PRE_SCALE_LABELS:
-        return f"the layout has no pre_quant_scale under {label.algorithm}, and its input's scale could not be folded"
+        return (
+            f"the layout has no pre_quant_scale under {label.algorithm}, and its input's scale could not be folded: "
+            "named when the model is quantized (--layout modelopt), such scales are left out"
+        )
     if extras.has_pre_scale and layer.operation != "linear":
         return f"the layout has a pre_quant_scale for linear layers only, and this is a {layer.operation} layer"
     return None

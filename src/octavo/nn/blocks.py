@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -70,6 +71,7 @@ class TorchBlock:
         fused: Names of layers that engines join, group by group.
         experts: Counts the tokens of experts.
         known_links: Links of blocks that are built alike, which are not looked for again.
+        folds_only: Layers whose input takes a scale only where it can be folded.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class TorchBlock:
         fused: Sequence[Sequence[str]] = (),
         experts: ExpertWatch | None = None,
         known_links: dict[object, dict[str, Link | None]] | None = None,
+        folds_only: AbstractSet[str] = frozenset(),
     ) -> None:
         self.name = name
         self._known_links = {} if known_links is None else known_links
@@ -109,6 +112,7 @@ class TorchBlock:
         self._has_folded = False
         self._needs: frozenset[Need] = frozenset()
         self._unrounded: dict[str, Tensor] = {}
+        self._folds_only = folds_only
         self._model = model
         self._before = versions(model)
 
@@ -168,6 +172,7 @@ class TorchBlock:
         link = self._links.get(leader)
         fold = None if link is None else Fold(self._name_of(link.producer), link.sources)
         takes_scale = all(self._layers[name].takes_scale for name in names)
+        takes_scale = takes_scale and (fold is not None or not self._folds_only & set(names))
         return InputGroup(names, channels, fold, layer.columns(channels), takes_scale)
 
     def _name_of(self, producer: Producer) -> str:

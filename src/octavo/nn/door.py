@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -149,7 +150,15 @@ class TorchDoor:
             for quantizer in changed:
                 quantizer.mode = Mode.QUANTIZE
 
-    def walk(self, batches: Iterable[Any] | None, store: Store, *, is_quantized: bool, keeps_unquantized: bool) -> Walk:
+    def walk(
+        self,
+        batches: Iterable[Any] | None,
+        store: Store,
+        *,
+        is_quantized: bool,
+        keeps_unquantized: bool,
+        folds_only: AbstractSet[str] = frozenset(),
+    ) -> Walk:
         """See ``Door.walk``."""
         return Walk(
             self.model,
@@ -160,6 +169,7 @@ class TorchDoor:
             keeps_full=keeps_unquantized,
             fused=self._plan.fused_weights() if self._plan is not None else (),
             experts=self._experts,
+            folds_only=folds_only,
         )
 
     def _calls(self, batches: Iterable[Any]) -> Iterator[tuple[str, Any]]:

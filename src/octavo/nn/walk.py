@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -63,6 +64,7 @@ class Walk:
         keeps_full: The unquantized path is followed beside it.
         fused: Names of layers that engines join, group by group.
         experts: Counts the tokens of experts.
+        folds_only: Layers whose input takes a scale only where it can be folded.
     """
 
     def __init__(
@@ -76,8 +78,10 @@ class Walk:
         keeps_full: bool,
         fused: Sequence[Sequence[str]] = (),
         experts: ExpertWatch | None = None,
+        folds_only: AbstractSet[str] = frozenset(),
     ) -> None:
         self.model = model
+        self._folds_only = folds_only
         self._experts = experts
         self._fused = fused
         self.run = run
@@ -121,6 +125,7 @@ class Walk:
                     fused=self._fused,
                     experts=self._experts,
                     known_links=self._links,
+                    folds_only=self._folds_only,
                 )
             elif feed.has_successor:
                 self._pass_through(feed)

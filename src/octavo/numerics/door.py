@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -295,7 +296,15 @@ class Door(Protocol):
         """While open, the quantizers whose name satisfies ``names`` pass values through."""
         ...
 
-    def walk(self, batches: Iterable[Any] | None, store: Store, *, is_quantized: bool, keeps_unquantized: bool) -> Walk:
+    def walk(
+        self,
+        batches: Iterable[Any] | None,
+        store: Store,
+        *,
+        is_quantized: bool,
+        keeps_unquantized: bool,
+        folds_only: AbstractSet[str] = frozenset(),
+    ) -> Walk:
         """The blocks of the model in the order of its forward pass, each with its inputs.
 
         A block that was handed out must be advanced before the next is asked for.
@@ -306,6 +315,7 @@ class Door(Protocol):
             is_quantized: Inputs come by the quantized path, through the blocks that are settled already; else by the
                 unquantized one.
             keeps_unquantized: The unquantized path is followed, too (``CROSS`` needs both).
+            folds_only: Layers whose input takes a scale only where it can be folded.
         """
         ...
 

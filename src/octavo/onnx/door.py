@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -114,8 +115,19 @@ class OnnxDoor:
         """See ``Door.evaluating``: a graph knows no other."""
         return nullcontext()
 
-    def walk(self, batches: Iterable[Any] | None, store: Store, *, is_quantized: bool, keeps_unquantized: bool) -> Walk:
-        """See ``Door.walk``: consecutive pieces of the graph, whose weights change in memory and not in the file."""
+    def walk(
+        self,
+        batches: Iterable[Any] | None,
+        store: Store,
+        *,
+        is_quantized: bool,
+        keeps_unquantized: bool,
+        folds_only: AbstractSet[str] = frozenset(),
+    ) -> Walk:
+        """See ``Door.walk``: consecutive pieces of the graph, whose weights change in memory and not in the file.
+
+        Scales are always folded.
+        """
         assert self._plan is not None
         model, _, sites = self._look()
         self._segments = None

@@ -63,6 +63,10 @@ class OnnxLayout:
         """None: what steps leave beside layers becomes nodes like any other."""
         return []
 
+    def folds_only(self, plan: Plan) -> frozenset[str]:
+        """None, for the same reason."""
+        return frozenset()
+
     def is_previous(self, directory: Path) -> bool:
         """Whether ``directory`` holds such files."""
         return (directory / MANIFEST).is_file()
