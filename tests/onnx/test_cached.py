@@ -147,3 +147,66 @@ def test_every_size_stays_open(tmp_path: Path) -> None:
         found = file.step(tokens.numpy(), {name: value.numpy() for name, value in kept.items()})
         assert found["logits"].shape == (batch, new, 100)
         assert found["present.1.value"].shape == (batch, 2, past + new, 16)
+
+
+def t5() -> tuple[nn.Module, dict[str, Tensor]]:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "vocab_size": 100}
+    config = T5Config(decoder_start_token_id=0, eos_token_id=99, **sizes)
+    return T5ForConditionalGeneration(config).eval(), {**TEXT, "decoder_input_ids": IDS[:, :6]}
+
+
+def whisper() -> tuple[nn.Module, dict[str, Tensor]]:
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    torch.manual_seed(0)
+    sizes = {"d_model": 64, "vocab_size": 100, "num_mel_bins": 20, "max_source_positions": 50, "init_std": 0.2}
+    sizes |= {f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in _WHISPER.items()}
+    tokens = {"pad_token_id": 99, "bos_token_id": 98, "eos_token_id": 99, "decoder_start_token_id": 1}
+    model = WhisperForConditionalGeneration(WhisperConfig(**sizes, **tokens)).eval()  # type: ignore[arg-type]
+    return model, {"input_features": torch.randn(2, 20, 100), "decoder_input_ids": IDS[:, :6]}
+
+
+_WHISPER = {"layers": 2, "attention_heads": 4, "ffn_dim": 128}
+
+
+@pytest.mark.parametrize(("build", "recipe", "target"), [(t5, "int8", "onnxruntime-cpu"), (whisper, "fp8-kv", "")])
+def test_keys_and_values_of_the_source_come_from_the_encoder(
+    build: Any, recipe: str, target: str, tmp_path: Path
+) -> None:
+    model, batch = build()
+    run = pipeline.quantize(model, recipe, [batch], target=target)
+    out = pipeline.export(run, tmp_path / "onnx", layout="onnx", sample=batch)
+    found = pipeline.verify(out, run, [batch]).to_json_object()
+    assert found["agrees"], found
+    encoder = Session(out / "encoder_model.onnx", optimized=False)
+    decoder = Session(out / "decoder_model.onnx", optimized=False)
+    names = [f"{layer}.{part}" for layer in range(2) for part in ("key", "value")]
+    assert encoder.outputs == ["encoder_hidden_states", *(f"present.{n[:1]}.encoder{n[1:]}" for n in names)]
+    assert decoder.outputs == ["logits", *(f"present.{n[:1]}.decoder{n[1:]}" for n in names)]
+    source = {name: value.numpy() for name, value in batch.items() if name in encoder.inputs}
+    given = dict(zip(encoder.outputs, encoder.session.run(None, source), strict=True))
+    past = {n: given[n.replace("past_key_values", "present")] for n in decoder.inputs if ".encoder." in n}
+    past |= {n: np.zeros((2, 4, 0, 16), np.float32) for n in decoder.inputs if ".decoder." in n}
+    mask = {"attention_mask": source["attention_mask"]} if "attention_mask" in source else {}
+    tokens = batch["decoder_input_ids"][:, :3].numpy()
+    rows = [tokens]
+    for _ in range(8):
+        output = decoder.session.run(None, {"decoder_input_ids": tokens, **mask, **past})
+        kept = dict(zip(decoder.outputs, output, strict=True))
+        past |= {n: kept[n.replace("past_key_values", "present")] for n in past if ".decoder." in n}
+        tokens = kept["logits"][:, -1:].argmax(-1)
+        rows.append(tokens)
+    assert np.array_equal(np.concatenate(rows, 1), greedy(run.model, batch, 8))
+
+
+@torch.no_grad()
+def greedy(model: nn.Module, batch: dict[str, Tensor], num_tokens: int) -> np.ndarray:
+    """The simulated model with an empty cache, whose quantizers round, and all tokens again for each new one."""
+    tokens = batch["decoder_input_ids"][:, :3]
+    for _ in range(num_tokens):
+        logits = model(**{**batch, "decoder_input_ids": tokens}, use_cache=True)["logits"]
+        tokens = torch.cat([tokens, logits[:, -1:].argmax(-1)], 1)
+    return tokens.numpy()

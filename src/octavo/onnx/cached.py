@@ -20,10 +20,12 @@ Inputs = dict[str, Tensor]
 LOGITS = "logits"
 _TOKENS = ("input_ids", "attention_mask", "position_ids")
 _PARTS = ("key", "value")
-_LEAST_TOKENS = 4
-_SAME = 0.99
+_PAST, _PRESENT = "past_key_values.{}.{}", "present.{}.{}"
+LEAST_TOKENS = 4
+SAME = 0.99
 
 
+@torch.no_grad()
 def why_without(model: nn.Module, inputs: Mapping[str, Tensor]) -> str:
     """Why the graph of a causal language model cannot have a cache; empty when it can.
 
@@ -34,14 +36,14 @@ def why_without(model: nn.Module, inputs: Mapping[str, Tensor]) -> str:
     others = [name for name in inputs if name not in _TOKENS]
     if others:
         return f"it takes {', '.join(others)} beside tokens"
-    if _argument(model) is None:
+    if cache_argument(model) is None:
         return f"the forward of {type(model).__name__} takes no cache"
     whole = prompt(model, inputs)
     if isinstance(whole, str):
         return whole
     expected = decode(model, **whole)[LOGITS][:, -1].float()
     found = decode(model, **split(model, inputs, whole["input_ids"].shape[1] - 1))[LOGITS][:, -1].float()
-    if float(F.cosine_similarity(found, expected, dim=-1).min()) < _SAME:
+    if float(F.cosine_similarity(found, expected, dim=-1).min()) < SAME:
         return "its last token's logits are others when the tokens before come from a cache of keys and values"
     return ""
 
@@ -50,13 +52,12 @@ def why_without(model: nn.Module, inputs: Mapping[str, Tensor]) -> str:
 def prompt(model: nn.Module, inputs: Mapping[str, Tensor]) -> Inputs | str:
     """``inputs`` with a past of no tokens; or why the model does not keep its past as keys and values."""
     given = _complete(model, inputs)
-    cache = _empty()
+    cache = new_cache()
     try:
         _forward(model, given, cache)
-        tensors = dict(_present(cache, "past_key_values"))
+        tensors = dict(present(cache, _PAST))
     except Exception as error:  # models raise what they like when handed a cache of another kind
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        return f"its past is no plain cache of keys and values ({reason.strip()[:200]})"
+        return f"its past is no plain cache of keys and values ({first_line(error)})"
     total = given["attention_mask"].shape[1]
     if not tensors or any(value.ndim != 4 or value.shape[2] != total for value in tensors.values()):
         return "not every layer keeps the keys and values of all tokens"
@@ -81,7 +82,7 @@ def split(model: nn.Module, inputs: Mapping[str, Tensor], at: int) -> Inputs:
 def traced(model: nn.Module, inputs: Mapping[str, Tensor]) -> Inputs:
     """A sample in which no size is 0 or 1, which would be taken for one that never changes."""
     length = inputs["input_ids"].shape[1]
-    times = -(-_LEAST_TOKENS // length)
+    times = -(-LEAST_TOKENS // length)
     longer = {name: torch.cat([value] * times, 1) for name, value in inputs.items() if name != "position_ids"}
     return split(model, longer if times > 1 else inputs, times * length // 2)
 
@@ -96,9 +97,9 @@ def decode(model: nn.Module, **inputs: Tensor) -> Inputs:
             takes them, and keys and values ``(B, heads, P, channels)`` of every layer.
     """
     past = [value for name, value in inputs.items() if name not in _TOKENS]
-    cache = _empty(zip(past[::2], past[1::2], strict=True))
+    cache = new_cache(past)
     logits = _forward(model, {name: value for name, value in inputs.items() if name in _TOKENS}, cache)
-    return {LOGITS: logits, **dict(_present(cache, "present"))}
+    return {LOGITS: logits, **dict(present(cache, _PRESENT))}
 
 
 def axes(name: str) -> dict[int, str]:
@@ -122,24 +123,32 @@ def _complete(model: nn.Module, inputs: Mapping[str, Tensor]) -> Inputs:
     return found
 
 
-def _argument(model: nn.Module) -> str | None:
+def cache_argument(model: nn.Module) -> str | None:
+    """What a model's forward calls its cache; ``None`` where it takes none."""
     taken = inspect.signature(model.forward).parameters
     return next((name for name in ("cache", "past_key_values") if name in taken), None)
 
 
-def _empty(pairs: Any = None) -> Any:
+def new_cache(past: list[Tensor] | None = None) -> Any:
+    """transformers' plain cache with keys and values, of one layer after the other, as its content."""
     from transformers import DynamicCache
 
-    return DynamicCache(pairs)
+    return DynamicCache(list(zip(past[::2], past[1::2], strict=True)) if past else None)
 
 
 def _forward(model: Any, inputs: Mapping[str, Tensor], cache: Any) -> Tensor:
-    logits: Tensor = model(**inputs, **{str(_argument(model)): cache}, use_cache=True)["logits"]
+    logits: Tensor = model(**inputs, **{str(cache_argument(model)): cache}, use_cache=True)["logits"]
     return logits
 
 
-def _present(cache: Any, prefix: str) -> Iterator[tuple[str, Tensor]]:
+def present(cache: Any, template: str) -> Iterator[tuple[str, Tensor]]:
+    """What a plain cache holds, named by ``template`` with a place for the layer and one for the part."""
     for index, layer in enumerate(cache.layers):
-        yield from (
-            (f"{prefix}.{index}.{part}", kept) for part, kept in zip(_PARTS, (layer.keys, layer.values), strict=True)
-        )
+        kept = zip(_PARTS, (layer.keys, layer.values), strict=True)
+        yield from ((template.format(index, part), value) for part, value in kept)
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, shortened; its class where it says nothing."""
+    line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return line.strip()[:200]

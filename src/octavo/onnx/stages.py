@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo.errors import UserError
-from octavo.onnx import cached
+from octavo.onnx import cached, crossed
 from octavo.sources import LoadedModel, ModelKind
 from octavo.sources.graphs import GraphModule
 
@@ -83,8 +83,8 @@ def stages(loaded: LoadedModel, sample: Any, *, use_cache: bool = False) -> list
                 _stage("text_model", loaded.model, texts, _text_features),
                 _stage("vision_model", loaded.model, pictures, _image_features),
             ]
-        case ModelKind.SEQ2SEQ_LM:
-            return _encoder_and_decoder(loaded.model, inputs)
+        case _ if _is_encoder_decoder(loaded, inputs):
+            return _encoder_and_decoder(loaded.model, inputs, use_cache=use_cache)
         case ModelKind.CAUSAL_LM if use_cache:
             return [_cached(loaded.model, cached.traced(loaded.model, _batch_of_two(inputs)))]
         case ModelKind.CAUSAL_LM:
@@ -95,21 +95,43 @@ def stages(loaded: LoadedModel, sample: Any, *, use_cache: bool = False) -> list
 
 def rounds(loaded: LoadedModel, batch: Any, *, use_cache: bool) -> list[list[Stage]]:
     """The parts as files of theirs are run on ``batch``: with a cache all tokens first, then the last one by itself."""
-    if not (use_cache and loaded.kind is ModelKind.CAUSAL_LM):
+    model = loaded.model.eval()
+    if not use_cache:
         return [stages(loaded, batch)]
-    inputs = _named(loaded.model.eval(), batch)
-    lengths = dict.fromkeys((0, inputs["input_ids"].shape[1] - 1))
-    return [[_cached(loaded.model, cached.split(loaded.model, inputs, at))] for at in lengths]
+    inputs = _named(model, batch)
+    if _is_encoder_decoder(loaded, inputs):
+        encoder = _stage("encoder_model", model, crossed.source_of(inputs), crossed.encode)
+        first, *later = (_decoder(model, crossed.split(model, inputs, at), encoder.axes) for at in _rounds(inputs))
+        return [[encoder, first], *([one] for one in later)]
+    return [[_cached(model, cached.split(model, inputs, at))] for at in _rounds(inputs)]
+
+
+def _rounds(inputs: Mapping[str, Tensor]) -> Iterable[int]:
+    """Where the tokens of each run begin."""
+    tokens = inputs["decoder_input_ids"] if "decoder_input_ids" in inputs else inputs["input_ids"]
+    return dict.fromkeys((0, tokens.shape[1] - 1))
 
 
 def can_cache(loaded: LoadedModel, sample: Any) -> bool:
     """Whether a decoder among the parts can take the keys and values of earlier tokens; if not, the log says why."""
-    if loaded.kind is not ModelKind.CAUSAL_LM:
+    inputs = _named(loaded.model.eval(), sample)
+    if _is_encoder_decoder(loaded, inputs):
+        why, name = crossed.why_without(loaded.model, inputs), "decoder_model.onnx"
+    elif loaded.kind is ModelKind.CAUSAL_LM:
+        why, name = cached.why_without(loaded.model, inputs), "model.onnx"
+    else:
         return False
-    why = cached.why_without(loaded.model.eval(), _named(loaded.model, sample))
     if why:
-        _log.warning("model.onnx is written without a cache of keys and values: %s", why)
+        _log.warning("%s is written without a cache of keys and values: %s", name, why)
     return not why
+
+
+def _is_encoder_decoder(loaded: LoadedModel, inputs: Mapping[str, Tensor]) -> bool:
+    """Texts, or sounds, to the logits of a decoder's tokens."""
+    if loaded.config is None or not loaded.config.is_encoder_decoder or "decoder_input_ids" not in inputs:
+        return False
+    model: Any = loaded.model
+    return model.get_output_embeddings() is not None
 
 
 @torch.no_grad()
@@ -119,8 +141,18 @@ def _cached(model: nn.Module, inputs: Mapping[str, Tensor]) -> Stage:
     return Stage("model", Part(model, tuple(inputs), cached.decode), inputs, tuple(outputs), axes)
 
 
-def _encoder_and_decoder(model: nn.Module, inputs: dict[str, Tensor]) -> list[Stage]:
-    source = {k: v for k, v in inputs.items() if not k.startswith("decoder_")}
+@torch.no_grad()
+def _decoder(model: nn.Module, inputs: Mapping[str, Tensor], sizes: Mapping[str, Mapping[int, str]]) -> Stage:
+    outputs = crossed.decode(model, **inputs)
+    axes = {name: crossed.axes(name, sizes) for name in inputs}
+    return Stage("decoder_model", Part(model, tuple(inputs), crossed.decode), inputs, tuple(outputs), axes)
+
+
+def _encoder_and_decoder(model: nn.Module, inputs: dict[str, Tensor], *, use_cache: bool) -> list[Stage]:
+    source = crossed.source_of(inputs)
+    if use_cache:
+        encoder = _stage("encoder_model", model, source, crossed.encode)
+        return [encoder, _decoder(model, crossed.traced(model, _batch_of_two(inputs)), encoder.axes)]
     encoder = _stage("encoder_model", model, source, _encode)
     hidden = encoder.module(*encoder.inputs.values())[0]
     rest = {k: v for k, v in encoder.inputs.items() if k == "attention_mask"}
