@@ -32,6 +32,7 @@ def formats(recipe: str, target: str) -> tuple[str, str]:
         ("int8", "", ("int8-channel", "int8-tensor")),
         ("int8", "onnxruntime-cpu", ("int7-channel", "int8-tensor-asymmetric")),
         ("int8", "onnxruntime-cpu-vnni", ("int8-channel", "int8-tensor-asymmetric")),
+        ("int8", "onnxruntime-cpu-avx2", ("int8-channel", "int8-tensor-asymmetric")),
         ("int8", "tensorrt", ("int8-channel", "int8-tensor")),
         ("int8-dynamic", "onnxruntime-cpu", ("int7-channel", "int8-tensor-asymmetric dynamic")),
         ("int8-weight-only", "onnxruntime-cpu", ("int8-channel", "-")),
@@ -80,3 +81,21 @@ def test_onnxruntime_wants_the_outputs_of_convolutions() -> None:
     for recipe, expected in (("int8", True), ("int8-weight-only", False), ("int8-dynamic", False), ("fp8", False)):
         scheme = resolve(load_recipe(recipe), facts, "onnxruntime-cpu").decisions[0].scheme
         assert (Slot.OUTPUT in scheme) == expected, recipe
+
+
+@pytest.mark.parametrize(
+    ("recipe", "target", "saturates"),
+    [
+        ("int8", "onnxruntime-cpu-avx2", True),
+        ("int8-dynamic", "onnxruntime-cpu-avx2", True),
+        ("int8-weight-only", "onnxruntime-cpu-avx2", False),
+        ("fp8", "onnxruntime-cpu-avx2", False),
+        ("int8", "onnxruntime-cpu", False),
+        ("int8", "onnxruntime-cpu-vnni", False),
+    ],
+)
+def test_a_plan_says_where_sums_of_bytes_saturate(recipe: str, target: str, saturates: bool) -> None:
+    plan = resolve(load_recipe(recipe), FACTS, target)
+    said = [warning for warning in plan.warnings if "saturate" in warning]
+    assert bool(said) == saturates
+    assert all("--target onnxruntime-cpu" in warning for warning in said)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from octavo.nn.extras import INPUT_TRANSFORM, LOW_RANK
 from octavo.nn.parametrized import obstacle_of, sources_of
+from octavo.nn.saturation import saturated
 from octavo.nn.views import WeightView
 from octavo.spec.facts import QUANTIZER_NAMES, Slot
 
@@ -64,7 +65,8 @@ class QuantLinear(_Quantized, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """As ``nn.Linear``."""
         x = transformed(self, input)
-        y = F.linear(rounded(self, Slot.INPUT, x), self._weight(), self.bias)
+        given, weight = rounded(self, Slot.INPUT, x), self._weight()
+        y = saturated(self, given, weight, F.linear(given, weight, self.bias))
         return through(self, Slot.OUTPUT, with_low_rank(self, x, y))
 
 
@@ -74,8 +76,8 @@ class _QuantConv(_Quantized):
 
     def forward(self, input: Tensor) -> Tensor:
         """As torch's convolution, padding modes included."""
-        y = self._conv_forward(through(self, Slot.INPUT, input), self._weight(), self.bias)
-        return through(self, Slot.OUTPUT, y)
+        x, weight = through(self, Slot.INPUT, input), self._weight()
+        return through(self, Slot.OUTPUT, saturated(self, x, weight, self._conv_forward(x, weight, self.bias)))
 
 
 class QuantConv1d(_QuantConv, nn.Conv1d):
@@ -139,8 +141,8 @@ class QuantTransposedLinear(_Quantized):
     def forward(self, x: Tensor) -> Tensor:
         """As transformers' ``Conv1D``."""
         x = transformed(self, x)
-        flat = rounded(self, Slot.INPUT, x).reshape(-1, x.size(-1))
-        y = torch.addmm(self.bias, flat, self._weight()).view(*x.shape[:-1], self.nf)
+        flat, weight = rounded(self, Slot.INPUT, x).reshape(-1, x.size(-1)), self._weight()
+        y = saturated(self, flat, weight.T, torch.addmm(self.bias, flat, weight)).view(*x.shape[:-1], self.nf)
         return through(self, Slot.OUTPUT, with_low_rank(self, x, y))
 
 

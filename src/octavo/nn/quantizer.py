@@ -250,6 +250,7 @@ class WeightQuantizer(Quantizer):
         self.rounding_key = format_key(one_level(fmt)) if fmt.is_nested else self.format_key
         self.view = view
         self.key = key
+        self.saturates = False  # the target sums products with it in 16 bits
         self.is_fixed = False
         self.fixed: PackedTensor | None = None  # codes that rounding the parameter would not give again
         self.override: Tensor | None = None  # an algorithm tries another weight
@@ -322,6 +323,12 @@ class WeightQuantizer(Quantizer):
             self.mode = Mode.QUANTIZE
         else:
             self.set_range(*weight_range(matrix, self.spec, shared_amax=shared_amax, outer=outer))
+
+    @property
+    def steps(self) -> Tensor | None:
+        """Plain scales, as what is rounded has them."""
+        scale = self.scale if self.fixed is None else self.fixed.tensor().scale
+        return scale if isinstance(scale, Tensor) else None
 
     @property
     def fixed_outer(self) -> Tensor | None:

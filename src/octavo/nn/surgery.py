@@ -26,6 +26,7 @@ from octavo.nn.site import Site, joined
 from octavo.spec.facts import Slot
 from octavo.spec.plan import Decision, Plan
 from octavo.spec.select import quantizer_name
+from octavo.spec.targets import Target, target_named
 
 _MARK = "octavo_original"
 _OURS = (Quantizer, InputTransform, LowRank)
@@ -51,7 +52,7 @@ def insert(model: nn.Module, plan: Plan, sites: Mapping[str, Site]) -> None:
         for decision in plan.decisions:
             if decision.scheme:
                 site = sites[decision.site.name]
-                _insert_one(model, decision, site, shared.get(decision.site.name))
+                _insert_one(model, decision, site, shared.get(decision.site.name), target_named(plan.target))
                 _note_changes(model, changes, site, decision.scheme)
         _follow_ties(model, plan, sites, changes)
         for path, change in changes.items():
@@ -80,7 +81,7 @@ def _shared_inputs(plan: Plan) -> dict[str, SharedInput]:
     }
 
 
-def _insert_one(model: nn.Module, decision: Decision, site: Site, shared: SharedInput | None) -> None:
+def _insert_one(model: nn.Module, decision: Decision, site: Site, shared: SharedInput | None, target: Target) -> None:
     for slot, spec in decision.scheme.items():
         path, child = site.place(slot)
         home = _home(model, path)
@@ -93,6 +94,7 @@ def _insert_one(model: nn.Module, decision: Decision, site: Site, shared: Shared
             if sources_of(owner):
                 make_plain(owner)
             quantizer = WeightQuantizer(name, spec, site.view, site.weight)
+            quantizer.saturates = target.saturates_at(decision.site, decision.scheme)
         else:
             quantizer = ActivationQuantizer(name, spec, shared if slot is Slot.INPUT else None)
             if slot is Slot.SOFTMAX:

@@ -14,6 +14,7 @@ import onnx_ir as ir
 import torch
 from onnx.reference import ReferenceEvaluator
 
+from octavo.backends.saturation import as_this_machine
 from octavo.errors import UserError
 from octavo.numerics.arrays import array_of, tensor_of
 from octavo.numerics.qtensor import quantize
@@ -150,7 +151,8 @@ def check_graphs(
         for batch in data
         for one in rounds(loaded, batch, use_cache=manifest.get("cache", False))
     ]
-    simulated = [_outputs(named) for named in per_batch]
+    with as_this_machine():
+        simulated = [_outputs(named) for named in per_batch]
     with unquantized:
         references = [_outputs(named) for named in per_batch]
     for stem, agreement in found.items():

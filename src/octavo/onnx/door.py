@@ -14,6 +14,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from octavo.backends.saturation import is_simulated
 from octavo.errors import UserError
 from octavo.numerics.arrays import array_of
 from octavo.numerics.door import Walk
@@ -26,6 +27,7 @@ from octavo.onnx.calibration import Calibration, observers_of, update
 from octavo.onnx.graph import GraphSite, facts_of, find_sites, macs_of, measured
 from octavo.onnx.marked import Found, Range, marked, quantizers_of, rounded, simulated
 from octavo.onnx.opening import open_graph
+from octavo.onnx.saturation import SaturatingGraph
 from octavo.onnx.segments import Segments
 from octavo.onnx.sessions import session_of
 from octavo.onnx.skeleton import filled, write_skeleton
@@ -36,6 +38,7 @@ from octavo.sources.graphs import GRAPH_FILE, Arrays, GraphModule
 from octavo.spec.facts import ModelFacts, Slot
 from octavo.spec.plan import Plan, QuantizerSpec
 from octavo.spec.select import quantizer_name
+from octavo.spec.targets import target_named
 
 
 class OnnxDoor:
@@ -55,7 +58,7 @@ class OnnxDoor:
         self._plan: Plan | None = None
         self._found = Found({}, {})
         self._disabled: frozenset[str] = frozenset()
-        self._sessions: dict[frozenset[str], Any] = {}
+        self._sessions: dict[tuple[frozenset[str], bool], Callable[[Arrays], Arrays]] = {}
         self._observers: dict[str, Observer] = {}
         self._segments: Segments | None = None  # what measured the sample serves calibration, too
 
@@ -187,21 +190,40 @@ class OnnxDoor:
             self._disabled = before
 
     def _simulate(self, arrays: Arrays) -> Arrays:
-        session = self._session()
-        outputs = [value.name for value in session.get_outputs()]
-        return dict(zip(outputs, session.run(None, dict(arrays)), strict=True))
+        return self._simulation()(arrays)
 
-    def _session(self) -> Any:
-        """Of the graph with the quantizers that are on; the last two are kept."""
+    def _simulation(self) -> Callable[[Arrays], Arrays]:
+        """The graph with the quantizers that are on; the last two are kept."""
         off = frozenset(self._found.off) | self._disabled
-        if off not in self._sessions:
+        key = off, is_simulated()
+        if key not in self._sessions:
             assert self._plan is not None
             model, _, sites = self._look()
             known = Found(self._found.ranges, self._found.weights, off)
             while len(self._sessions) > 1:
                 self._sessions.pop(next(iter(self._sessions)))
-            self._sessions[off] = session_of(simulated(model, self._plan, sites, known))
-        return self._sessions[off]
+            self._sessions[key] = self._runner(simulated(model, self._plan, sites, known), off)
+        return self._sessions[key]
+
+    def _runner(self, model: ir.Model, off: frozenset[str]) -> Callable[[Arrays], Arrays]:
+        found = self._saturating(off) if is_simulated() else {}
+        if found:
+            codes = {name: weight for name, weight in self._found.weights.items() if isinstance(weight, QTensor)}
+            return SaturatingGraph(model, found, codes).run
+        session = session_of(model)
+        outputs = [value.name for value in session.get_outputs()]
+        return lambda arrays: dict(zip(outputs, session.run(None, dict(arrays)), strict=True))
+
+    def _saturating(self, off: frozenset[str]) -> dict[str, GraphSite]:
+        """Sites whose sums saturate on the target, with both their quantizers on."""
+        assert self._plan is not None
+        target, sites = target_named(self._plan.target), self._look()[2]
+        return {
+            name: sites[name]
+            for name, scheme in ((d.site.name, d.scheme) for d in self._plan.decisions)
+            if target.saturates_at(sites[name].facts, scheme)
+            and not off & {quantizer_name(name, slot) for slot in (Slot.WEIGHT, Slot.INPUT)}
+        }
 
     def _quantizers(self) -> list[tuple[str, QuantizerSpec, GraphSite, Slot]]:
         return [] if self._plan is None else quantizers_of(self._plan, self._look()[2])

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from octavo.backends import simulate
+from octavo.backends.saturation import exact_sums
 from octavo.errors import UserError
 from octavo.onnx.fake_quantize import QUANTIZER, fake_quantize, is_fake_quantize
 from octavo.onnx.stages import INNER, Stage
@@ -32,7 +33,7 @@ def graph_of(stage: Stage) -> ir.Model:
     dynamic = tuple(dict.fromkeys(stage.axes.get(name, {}), torch.export.Dim.DYNAMIC) for name in stage.inputs)
     module = stage.module.eval()
     try:
-        with _eager_attention(module), _quiet():
+        with _eager_attention(module), _quiet(), exact_sums():
             program = torch.onnx.export(
                 module,
                 tuple(stage.inputs.values()),

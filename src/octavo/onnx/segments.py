@@ -12,6 +12,7 @@ import onnx_ir as ir
 from octavo.onnx.sessions import session_of
 
 Arrays = dict[str, np.ndarray[Any, Any]]
+Look = Callable[[str, np.ndarray[Any, Any]], np.ndarray[Any, Any] | None]
 MOST_OBSERVED = 8
 """Tensors that one piece gives out to be looked at."""
 
@@ -30,13 +31,14 @@ class Segments:
     Args:
         model: The graph.
         observed: Names of the tensors to look at.
+        ends: Those behind which a piece ends at once, so that all who read them get what ``look`` gives.
     """
 
-    def __init__(self, model: ir.Model, observed: Collection[str]) -> None:
+    def __init__(self, model: ir.Model, observed: Collection[str], *, ends: Collection[str] = ()) -> None:
         self.observed = frozenset(observed)
         self.outputs = tuple(str(value.name) for value in model.graph.outputs)
         nodes = list(model.graph)
-        bounds = list(_cuts(nodes, self.observed))
+        bounds = list(_cuts(nodes, self.observed, ends))
         self.pieces = list(self._cut(model, nodes, bounds))
 
     def _cut(self, model: ir.Model, nodes: list[ir.Node], bounds: list[int]) -> Iterator[_Piece]:
@@ -59,29 +61,29 @@ class Segments:
             part = ir.Model(piece, ir_version=model.ir_version, functions=list(model.functions.values()))
             yield _Piece(session_of(part), inputs, outputs, dropped)
 
-    def run(self, inputs: Arrays, look: Callable[[str, np.ndarray[Any, Any]], None]) -> Arrays:
-        """One forward pass; ``look`` is told of every observed tensor once."""
+    def run(self, inputs: Arrays, look: Look) -> Arrays:
+        """One forward pass; ``look`` is told of every observed tensor once, and may give another value in its place."""
         live = dict(inputs)
         for name in self.observed & live.keys():
             look(name, live[name])
         for piece in self.pieces:
             fed = {value.name: live[value.name] for value in piece.session.get_inputs()}
             for name, value in zip(piece.outputs, piece.session.run(list(piece.outputs), fed), strict=True):
-                live[name] = value
-                if name in self.observed:
-                    look(name, value)
+                seen = look(name, value) if name in self.observed else None
+                live[name] = value if seen is None else seen
             for name in piece.dropped:
                 if name not in self.outputs:
                     live.pop(name, None)
         return {name: live[name] for name in self.outputs}
 
 
-def _cuts(nodes: list[ir.Node], observed: Collection[str]) -> Iterator[int]:
-    """Where a piece ends: as soon as enough is to be looked at."""
+def _cuts(nodes: list[ir.Node], observed: Collection[str], ends: Collection[str]) -> Iterator[int]:
+    """Where a piece ends: as soon as enough is to be looked at, or behind what may be replaced."""
     count = 0
     for index, node in enumerate(nodes, 1):
         count += sum(value.name in observed for value in node.outputs)
-        if count >= MOST_OBSERVED and index < len(nodes):
+        must = any(value.name in ends for value in node.outputs)
+        if (count >= MOST_OBSERVED or must) and index < len(nodes):
             yield index
             count = 0
     yield len(nodes)

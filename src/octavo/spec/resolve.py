@@ -51,7 +51,7 @@ def resolve(recipe: Recipe, facts: ModelFacts, target: str = "") -> Plan:
     decisions = tuple(for_target(_decide(site, rules), runtime) for site in facts.sites)
     decisions = with_branches(with_doubled_scales(decisions, recipe.steps), recipe.steps)
     _refuse_misfits(decisions)
-    warnings = (*_warnings(rules, facts), *_unreached(decisions), *_costs(decisions))
+    warnings = (*_warnings(rules, facts), *_unreached(decisions), *_costs(decisions), *_saturating(decisions, runtime))
     experts = recipe.calibration.experts if facts.experts else None
     plan = Plan(facts, recipe.name, decisions, target, warnings, experts)
     plan = replace(plan, warnings=(*warnings, *_fused(plan)))
@@ -294,6 +294,18 @@ def _costs(decisions: Sequence[Decision]) -> list[str]:
     return [
         f"{len(written_out)} attention calls (such as {first.name!r}) are fused by {first.fused_call}: with a "
         f"{QUANTIZER_NAMES[Slot.SOFTMAX]} they are written out, which costs time, and memory for all probabilities"
+    ]
+
+
+def _saturating(decisions: Sequence[Decision], target: Target) -> list[str]:
+    """Products of bytes that lose something where the target adds them in 16 bits."""
+    names = [d.site.name for d in decisions if target.saturates_at(d.site, d.scheme)]
+    if not names:
+        return []
+    return [
+        f"{len(names)} layers (such as {names[0]!r}) multiply 8-bit weights by 8-bit inputs, whose sums saturate on "
+        "x86 processors without VNNI; the simulation knows it. Ways out: --target onnxruntime-cpu (7-bit weights), or "
+        "onnxruntime's session option session.x64quantprecision, which is slower"
     ]
 
 

@@ -15,7 +15,7 @@ from octavo.errors import UserError
 from octavo.spec.element import E4M3, INT7, INT8, IntFormat
 from octavo.spec.facts import SiteFacts, Slot
 from octavo.spec.plan import ObserverSpec, QuantizerSpec
-from octavo.spec.tensor_format import PerTensor, TensorFormat, scaled
+from octavo.spec.tensor_format import PerChannel, PerTensor, TensorFormat, scaled
 
 _ORT_QUANTIZATION = "https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html"
 _TENSORRT_TYPES = "https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/work-quantized-types.html"
@@ -53,6 +53,7 @@ class Target:
         quantizes_conv_outputs: A convolution of integers runs in integers only when its output is quantized, too.
         integer_biases: Biases of products of 8-bit integers are stored in INT32.
         quantizes_softmax: Attention in FP8 is fused only with its softmax in FP8, at scale 1/448.
+        saturates: Sums of two products of bytes saturate in 16 bits; simulation knows it.
         rules: Why.
     """
 
@@ -66,6 +67,7 @@ class Target:
     quantizes_conv_outputs: bool = False
     integer_biases: bool = False
     quantizes_softmax: bool = False
+    saturates: bool = False
     rules: tuple[PlacementRule, ...] = field(default=())
 
     def format(self, slot: Slot, fmt: TensorFormat, *, is_dynamic: bool, meets_integers: bool) -> TensorFormat:
@@ -108,6 +110,17 @@ class Target:
             return {Slot.SOFTMAX: QuantizerSpec(scaled(E4M3, PerTensor()), observer=ObserverSpec("unit"))}
         return {}
 
+    def saturates_at(self, site: SiteFacts, scheme: Mapping[Slot, QuantizerSpec]) -> bool:
+        """Whether sums at a site may saturate: 8-bit inputs with one scale meet 8-bit weights with one per output."""
+        weight, given = scheme.get(Slot.WEIGHT), scheme.get(Slot.INPUT)
+        if not self.saturates or weight is None or given is None or site.operation not in ("linear", "conv"):
+            return False
+        is_wide = weight.format.element == INT8 and weight.format.is_symmetric
+        in_rows = isinstance(weight.format.granularity, PerTensor | PerChannel)
+        is_byte = given.format.element == INT8 and isinstance(given.format.granularity, PerTensor)
+        computes_in_bytes = site.operation == "linear" or not given.is_dynamic
+        return is_wide and in_rows and is_byte and computes_in_bytes
+
     def problem(self, site: SiteFacts, slot: Slot, fmt: TensorFormat, *, is_dynamic: bool) -> str:
         """Why the target cannot run a quantizer, with the way out; empty when it can."""
         dynamic_integer = is_dynamic and isinstance(fmt.element, IntFormat)
@@ -121,7 +134,11 @@ class Target:
 
 _U8S8 = PlacementRule("activations UINT8 and asymmetric, weights INT8 and symmetric per channel", _ORT_QUANTIZATION)
 _SATURATION = PlacementRule(
-    "7-bit weights: without VNNI the sum of two U8 x S8 products saturates in 16 bits", f"{_ORT_QUANTIZATION}#data-type"
+    "7-bit weights: without VNNI the sum of two U8 x S8 products saturates in 16 bits", _ORT_QUANTIZATION
+)
+_SATURATES = PlacementRule(
+    "8-bit weights: the sum of two U8 x S8 products saturates in 16 bits, which costs accuracy and is simulated",
+    _ORT_QUANTIZATION,
 )
 _DYNAMIC = PlacementRule(
     "dynamic activations: one asymmetric UINT8 range per call, the pattern that becomes DynamicQuantizeMatMul",
@@ -156,6 +173,17 @@ TARGETS: dict[str, Target] = {
             quantizes_conv_outputs=True,
             integer_biases=True,
             rules=(_U8S8, _DYNAMIC, _CONV, _BIAS),
+        ),
+        Target(
+            "onnxruntime-cpu-avx2",
+            "ONNX Runtime on x86 processors without VNNI, weights in 8 bits all the same: what saturates is simulated",
+            zero_points=ZeroPoints.WANTED,
+            dynamic_per_tensor=True,
+            unsigned_codes=True,
+            quantizes_conv_outputs=True,
+            integer_biases=True,
+            saturates=True,
+            rules=(_U8S8, _SATURATES, _DYNAMIC, _CONV, _BIAS),
         ),
         Target(
             "onnxruntime-cuda",

@@ -1,0 +1,102 @@
+"""What sums of products of bytes lose on processors whose instruction adds two of them in 16 bits.
+
+``vpmaddubsw`` (AVX2, AVX512 without VNNI) multiplies unsigned by signed bytes and adds neighbours in a saturating
+16-bit integer. onnxruntime's kernels feed it neighbours along the inner axis, (0, 1), (2, 3), ..., zero behind an odd
+end; of a convolution that axis is kernel position by kernel position, the channels of each last. Checked against these
+kernels on an emulated processor (``tests/onnx/test_saturation.py``).
+
+Only pairs of weights that reach the end with the largest activations matter, a small share of all, so the loss is
+computed for these and nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_LOW, _HIGH = -(2**15), 2**15 - 1
+_TOP = 255  # the largest unsigned byte
+
+
+@torch.no_grad()
+def lost(codes: Tensor, weight: Tensor) -> Tensor:
+    """How much larger exact sums are than saturating ones.
+
+    Args:
+        codes: ``(rows, in_features)`` activations, integers in [0, 255].
+        weight: ``(out_features, in_features)`` integers in [-128, 127].
+
+    Returns:
+        ``(rows, out_features)`` int32; negative where a sum saturates at the low end.
+
+    >>> lost(torch.tensor([[255, 255, 1]]), torch.tensor([[127, 127, 127]]))
+    tensor([[32003]], dtype=torch.int32)
+    """
+    pairs_w, pairs_x = _paired(weight), _paired(codes)
+    found = torch.zeros(len(codes), len(weight), dtype=torch.int32, device=codes.device)
+    reach = _TOP * pairs_w.clamp(min=0).sum(-1), _TOP * pairs_w.clamp(max=0).sum(-1)
+    matters = (reach[0] > _HIGH) | (reach[1] < _LOW)  # (out_features, pairs)
+    largest = pairs_w.abs().amax() if pairs_w.numel() else 0
+    for pair in matters.any(0).nonzero().flatten().tolist():
+        columns = matters[:, pair].nonzero().flatten()
+        rows = (pairs_x[:, pair].sum(-1) * largest > _HIGH).nonzero().flatten()
+        total = pairs_x[rows, pair] @ pairs_w[columns, pair].T
+        found[rows.unsqueeze(1), columns] += total - total.clamp(_LOW, _HIGH)
+    return found
+
+
+def _paired(matrix: Tensor) -> Tensor:
+    """``(rows, in_features)`` as ``(rows, pairs, 2)`` int32."""
+    return F.pad(matrix.int(), (0, matrix.shape[1] % 2)).view(len(matrix), -1, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """How a convolution moves over its input, one entry for each spatial axis.
+
+    Args:
+        padding: At the low and at the high end of every axis.
+        stride: Steps between windows.
+        dilation: Steps inside a window.
+        groups: Of channels.
+    """
+
+    padding: tuple[tuple[int, int], ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int = 1
+
+
+@torch.no_grad()
+def conv_lost(codes: Tensor, weight: Tensor, geometry: Geometry, zero_code: int) -> Tensor:
+    """``lost`` of a convolution.
+
+    Args:
+        codes: ``(batch, in_channels, *spatial)`` integers in [0, 255].
+        weight: ``(out_channels, in_channels / groups, *kernel)`` integers in [-128, 127].
+        geometry: How it moves.
+        zero_code: The code of 0, which pads.
+
+    Returns:
+        ``(batch, out_channels, *spatial)`` int32. Nothing is lost where each channel is a group of its own:
+        onnxruntime's kernel for these adds in 32 bits.
+    """
+    kernel = tuple(weight.shape[2:])
+    ends = [end for pair in reversed(geometry.padding) for end in pair]
+    windows = F.pad(codes.int(), ends, value=zero_code)
+    for axis, (size, step, spread) in enumerate(zip(kernel, geometry.stride, geometry.dilation, strict=True), 2):
+        windows = windows.unfold(axis, (size - 1) * spread + 1, step)[..., ::spread]
+    spatial = tuple(windows.shape[2 : 2 + len(kernel)])
+    shape = (len(codes), len(weight), *spatial)
+    if geometry.groups == codes.shape[1]:
+        return torch.zeros(shape, dtype=torch.int32, device=codes.device)
+    # (batch, channels, *spatial, *kernel) -> (batch, *spatial, *kernel, channels)
+    last = windows.movedim(1, -1)
+    parts = [
+        lost(part.reshape(-1, own[0].numel()), own.movedim(1, -1).flatten(1))
+        for part, own in zip(last.chunk(geometry.groups, -1), weight.chunk(geometry.groups), strict=True)
+    ]
+    return torch.cat(parts, 1).view(len(codes), *spatial, -1).movedim(-1, 1)
