@@ -6,31 +6,74 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from octavo import pipeline
-from octavo.onnx.tensorrt import ARCHITECTURES, is_installed
+from octavo.onnx.tensorrt import ARCHITECTURES, build_engines, is_installed
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not is_installed(), reason="needs the extra 'tensorrt'")]
 
 
-@pytest.mark.parametrize("recipe", ["int8", "fp8", "int8-weight-only", "int4-group"])
-def test_files_for_tensorrt_become_engines(tmp_path: Path, recipe: str) -> None:
+def layers() -> nn.Module:
     torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(128, 256), nn.GELU(), nn.Linear(256, 128))
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.out = nn.Linear(128, 384), nn.Linear(128, 128)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 64)).permute(2, 0, 3, 1, 4)
+        attended: torch.Tensor = self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return attended
+
+
+@pytest.mark.parametrize(
+    ("recipe", "dtype"),
+    [("int8", None)]
+    + [(recipe, torch.float16) for recipe in ("int8", "fp8", "int8-weight-only", "int4-group", "nvfp4-weight-only")],
+)
+def test_files_for_tensorrt_become_engines(tmp_path: Path, recipe: str, dtype: torch.dtype | None) -> None:
     x = torch.randn(8, 128)
-    model = nn.Sequential(nn.Linear(128, 256), nn.GELU(), nn.Linear(256, 128))
-    run = pipeline.quantize(model, recipe, [x], target="tensorrt")
-    out = pipeline.export(run, tmp_path / "onnx", layout="onnx", sample=x)
+    run = pipeline.quantize(layers(), recipe, [x], target="tensorrt")
+    out = pipeline.export(run, tmp_path / "onnx", layout="onnx", sample=x, dtype=dtype)
     (graph,) = pipeline.verify(out, run, [x]).to_json_object()["graphs"]
     assert graph["agrees"], graph
     assert set(graph["engines"]) == set(ARCHITECTURES)
+    for name, engine in graph["engines"].items():
+        needs_more = recipe.startswith("nvfp4") and "Ada" in name
+        assert bool(engine["needs"]) == needs_more
+        assert bool(engine["num_bytes"]) != needs_more
+        assert not engine["wide_weights"]
+        assert not engine["float_products"]
+
+
+def test_attention_is_fused_in_fp8(tmp_path: Path) -> None:
+    x = torch.randn(2, 32, 128)
+    run = pipeline.quantize(Attention().eval(), "fp8-attention", [x], target="tensorrt")
+    out = pipeline.export(run, tmp_path / "onnx", layout="onnx", sample=x, dtype=torch.float16)
+    (graph,) = pipeline.verify(out, run, [x]).to_json_object()["graphs"]
+    assert graph["agrees"], graph
+    assert graph["engines"] == {name: graph["engines"][name] | {"unfused_attention": ()} for name in ARCHITECTURES}
+    assert not any(engine["float_products"] for engine in graph["engines"].values())
+
+
+def test_without_rounded_probabilities_attention_falls_apart(tmp_path: Path) -> None:
+    x = torch.randn(2, 32, 128)
+    run = pipeline.quantize(Attention().eval(), "fp8-attention", [x])
+    out = pipeline.export(run, tmp_path / "onnx", layout="onnx", sample=x, dtype=torch.float16)
+    for engine in build_engines(out / "model.onnx", {"x": (2, 32, 128)}).values():
+        assert len(engine.unfused_attention) == 1
+        assert len(engine.float_products) == 0
 
 
 def test_what_tensorrt_refuses_is_said(tmp_path: Path) -> None:
-    from octavo.onnx.tensorrt import build_engines
-
     x = torch.randn(8, 128)
     run = pipeline.quantize(nn.Linear(128, 64), "int8", [x], target="openvino")
     out = pipeline.export(run, tmp_path / "onnx", layout="onnx", sample=x)
     built = build_engines(out / "model.onnx", {"input": (8, 128)})
-    assert all("zero point" in str(why) for why in built.values())
+    assert all("zero point" in engine.problem for engine in built.values())

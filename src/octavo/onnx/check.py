@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import torch
@@ -16,49 +17,26 @@ from onnx.reference import ReferenceEvaluator
 
 from octavo.backends.saturation import as_this_machine
 from octavo.errors import UserError
-from octavo.numerics.arrays import array_of, tensor_of
-from octavo.numerics.qtensor import quantize
-from octavo.numerics.snapshot import ActivationScale, LayerSnapshot
+from octavo.numerics.arrays import array_of
+from octavo.numerics.snapshot import LayerSnapshot
 from octavo.onnx import tensorrt
+from octavo.onnx.codes import NodeAgreement, compare_codes
+from octavo.onnx.engine import Engine
 from octavo.onnx.fake_quantize import QUANTIZER
 from octavo.onnx.fusion import fusion_of
 from octavo.onnx.layout import MANIFEST
 from octavo.onnx.lower import AXES, WEIGHT
-from octavo.onnx.runners import Runner, open_runner
+from octavo.onnx.runners import open_runner
 from octavo.onnx.stages import Stage, rounds
 from octavo.sources import LoadedModel
-from octavo.spec.element import IntFormat
-from octavo.spec.facts import QUANTIZER_NAMES, Slot
+from octavo.spec.facts import Slot
 from octavo.spec.select import quantizer_name
 
-MOST_CODES_OFF = 0.001
 MOST_COSINE_LOST = 0.002
 
 Array = np.ndarray[Any, Any]
 _Outputs = dict[str, Array]
 _Layers = Mapping[str, LayerSnapshot]
-
-
-@dataclass(frozen=True, slots=True)
-class NodeAgreement:
-    """One QuantizeLinear, fed what the runtime fed it.
-
-    Args:
-        quantizer: Its full name.
-        num_values: How many codes were compared.
-        share_equal: Share of them that equal octavo's.
-        worst: Largest distance, in codes.
-    """
-
-    quantizer: str
-    num_values: int
-    share_equal: float
-    worst: int
-
-    @property
-    def agrees(self) -> bool:
-        """At least 99.9 % equal, and none off by more than one code."""
-        return self.share_equal >= 1 - MOST_CODES_OFF and self.worst <= 1
 
 
 @dataclass(slots=True)
@@ -78,7 +56,7 @@ class GraphAgreement:
         kernels: What onnxruntime runs after fusion: operator -> how often; empty where another reader ran the file.
         unfused: Products that onnxruntime computes in float although their inputs are quantized.
         lost: Static activation quantizers of the run that no file has, told at the first file.
-        engines: Of files for TensorRT, where that is installed: architecture -> bytes of an engine, or why not.
+        engines: Of files for TensorRT, where that is installed: architecture -> what became of it.
     """
 
     file: str
@@ -95,13 +73,13 @@ class GraphAgreement:
     kernels: dict[str, int] = field(default_factory=dict)
     unfused: tuple[str, ...] = ()
     lost: tuple[str, ...] = ()
-    engines: dict[str, int | str] = field(default_factory=dict)
+    engines: dict[str, Engine] = field(default_factory=dict)
 
     @property
     def agrees(self) -> bool:
         """Weights bit for bit, codes node by node, outputs by their cosine."""
         near = self.cosine is None or abs(self.cosine - (self.simulated_cosine or 0.0)) <= MOST_COSINE_LOST
-        builds = all(isinstance(size, int) for size in self.engines.values())
+        builds = all(engine.is_expected for engine in self.engines.values())
         same = not (self.different_weights or self.missing or self.different_outputs or self.lost)
         same = same and all(node.agrees for node in self.nodes)
         return builds and near and same
@@ -158,7 +136,7 @@ def check_graphs(
     for stem, agreement in found.items():
         fed = [named[stem] for named in per_batch if stem in named]
         if fed:
-            _compare_codes(directory / f"{stem}.onnx", agreement, fed, by_name)
+            agreement.nodes = compare_codes(directory / f"{stem}.onnx", fed, by_name)
             runner = open_runner(directory / f"{stem}.onnx", optimized=is_deployed)
             agreement.runtime, agreement.refusals = runner.name, runner.refusals
             if runner.is_onnxruntime and (is_deployed or not target):
@@ -168,7 +146,7 @@ def check_graphs(
                 shapes = {name: tuple(value.shape) for name, value in fed[-1].inputs.items()}
                 agreement.engines = tensorrt.build_engines(directory / f"{stem}.onnx", shapes)
             names = [str(value.name) for value in ir.load(directory / f"{stem}.onnx").graph.outputs]
-            found_outputs = [dict(zip(names, _run(runner, stage), strict=True)) for stage in fed]
+            found_outputs = [dict(zip(names, runner.run(stage.arrays), strict=True)) for stage in fed]
             own, expected = ([run[stem] for run in runs if stem in run] for runs in (simulated, references))
             _compare_outputs(agreement, found_outputs, own, expected)
     return list(found.values())
@@ -200,10 +178,6 @@ def _outputs(named: Mapping[str, Stage]) -> dict[str, _Outputs]:
         }
         for name, stage in named.items()
     }
-
-
-def _run(runner: Runner, stage: Stage) -> list[Array]:
-    return runner.run({name: array_of(value) for name, value in stage.inputs.items()})
 
 
 def _cosine(found: list[Array], expected: list[Array]) -> float:
@@ -254,7 +228,9 @@ def _num_different(found: Array, expected: Array) -> int:
     """Values that differ; of a file in a narrower type those that are more than its rounding away."""
     if found.dtype == np.float32:
         return int((found != expected).sum())
-    return int((abs(found.astype(np.float32) - expected) > abs(expected) * 2.0**-7).sum())
+    kind = ml_dtypes.finfo(found.dtype)
+    allowed = abs(expected) * float(kind.eps) + float(kind.smallest_subnormal) / 2
+    return int((abs(found.astype(np.float32) - expected) > allowed).sum())
 
 
 def stored_weights(path: Path) -> Iterator[tuple[str, tuple[int, ...], Array]]:
@@ -291,62 +267,3 @@ def _evaluate(model: ir.Model, node: ir.Node) -> Array:
     proto = ir.to_proto(ir.Model(graph, ir_version=model.ir_version))
     results: Any = ReferenceEvaluator(proto).run(None, {})
     return np.asarray(results[0])
-
-
-def _compare_codes(
-    path: Path, agreement: GraphAgreement, fed: list[Stage], layers: Mapping[str, LayerSnapshot]
-) -> None:
-    """Run node by node, and quantize what each QuantizeLinear was fed."""
-    graph = ir.load(path).graph
-    own = [str(value.name) for value in graph.outputs]
-    pairs = {
-        node.metadata_props[QUANTIZER]: (str(node.inputs[0].name), str(node.outputs[0].name))
-        for node in graph
-        if QUANTIZER in node.metadata_props and node.inputs[0] is not None
-    }
-    given = {str(value.name) for value in graph.inputs}
-    inside = [n for n in dict.fromkeys(n for pair in pairs.values() for n in pair) if n not in own and n not in given]
-    if not pairs:
-        return
-    runner = open_runner(path, inside, optimized=False)
-    tallies: dict[str, list[tuple[int, int, int]]] = {name: [] for name in pairs}
-    for stage in fed:
-        found = dict(zip([*own, *inside], _run(runner, stage), strict=True))
-        found |= {name: array_of(value) for name, value in stage.inputs.items()}
-        for name, (source, codes) in pairs.items():
-            tallies[name].append(_off(found[source], found[codes], _scale_of(name, layers)))
-    agreement.nodes = tuple(_node_agreement(name, rows) for name, rows in tallies.items())
-
-
-def _node_agreement(name: str, rows: list[tuple[int, int, int]]) -> NodeAgreement:
-    count, off = sum(row[0] for row in rows), sum(row[1] for row in rows)
-    return NodeAgreement(name, count, 1 - off / max(1, count), max(row[2] for row in rows))
-
-
-def _scale_of(quantizer: str, layers: Mapping[str, LayerSnapshot]) -> ActivationScale:
-    site, _, kind = quantizer.rpartition(".")
-    slot = next((slot for slot, name in QUANTIZER_NAMES.items() if name == kind), None)
-    if slot is None or site not in layers or slot not in layers[site].activations:
-        raise UserError(
-            f"the file has a quantizer '{quantizer}' that the run does not have: it was made of another run"
-        )
-    return layers[site].activations[slot]
-
-
-def _off(x: Array, codes: Array, activation: ActivationScale) -> tuple[int, int, int]:
-    """Codes compared, codes that differ, and the largest distance."""
-    values = tensor_of(x).float()
-    scale, zero_point = (None if part is None else part.cpu() for part in (activation.scale, activation.zero_point))
-    ours = array_of(quantize(values, activation.format, scale=scale, zero_point=zero_point).codes)
-    if isinstance(activation.format.element, IntFormat):
-        shift = 128 if codes.dtype == np.uint8 and ours.dtype == np.int8 else 0
-        distance = np.abs(ours.astype(np.int32) - (codes.astype(np.int32) - shift))
-    else:
-        distance = np.abs(_order(ours) - _order(codes.view(np.uint8)))
-    return distance.size, int((distance > 0).sum()), int(distance.max(initial=0))
-
-
-def _order(bits: Array) -> Array:
-    """Sign-magnitude bit patterns as integers in the order of their values."""
-    wide = bits.astype(np.int32)
-    return np.where(wide & 0x80, -(wide & 0x7F), wide & 0x7F)

@@ -247,8 +247,10 @@ class _Writer:
         codes = self.initializer(f"{name}_scale_codes", _typed(scale.codes, scale.fmt, kind.name), kind.name)
         if scale.outer is None:
             return codes
-        outer = self.initializer(f"{name}_scale_scale", scale.outer.astype(_NUMPY[dtype]), dtype)
-        return self.put(node, "DequantizeLinear", [codes, outer], f"{name}_scale_dequantize").outputs[0]
+        # In fp32: it is small, and fp16 would hold it as a subnormal number.
+        outer = self.initializer(f"{name}_scale_scale", scale.outer.astype(np.float32), "FLOAT")
+        given = {} if dtype == "FLOAT" else {"output_dtype": int(ir.DataType[dtype])}
+        return self.put(node, "DequantizeLinear", [codes, outer], f"{name}_scale_dequantize", **given).outputs[0]
 
 
 @dataclass(frozen=True, slots=True)

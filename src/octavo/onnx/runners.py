@@ -59,8 +59,21 @@ def open_runner(path: Path, outputs: Sequence[str] = (), *, optimized: bool = Tr
         except Exception as error:  # each reader raises types of its own
             refusals.append(f"{open_one.__name__.strip('_')}: {_first_line(error)}")
             continue
-        return Runner(runner.name, runner.run, tuple(refusals), is_onnxruntime=open_one is _onnxruntime)
+        run = _in_types_of(path, runner.run)
+        return Runner(runner.name, run, tuple(refusals), is_onnxruntime=open_one is _onnxruntime)
     raise UserError(f"{path}: nobody can run it: {'; '.join(refusals)}")
+
+
+def _in_types_of(
+    path: Path, run: Callable[[Arrays], list[np.ndarray[Any, Any]]]
+) -> Callable[[Arrays], list[np.ndarray[Any, Any]]]:
+    """``run``, fed numbers in the floating types that the graph's inputs have."""
+    types = {value.name: value.dtype.numpy() for value in ir.load(path).graph.inputs if value.dtype is not None}
+
+    def fitted(inputs: Arrays) -> list[np.ndarray[Any, Any]]:
+        return run({name: x.astype(types[name]) if x.dtype.kind == "f" else x for name, x in inputs.items()})
+
+    return fitted
 
 
 def with_outputs(path: Path, names: Sequence[str]) -> onnx.ModelProto:

@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from octavo.errors import UserError
+from octavo.numerics.arrays import array_of
 from octavo.onnx import cached, crossed
 from octavo.sources import LoadedModel, ModelKind
 from octavo.sources.graphs import GraphModule
@@ -61,6 +63,11 @@ class Stage:
     inputs: Mapping[str, Tensor]
     outputs: tuple[str, ...]
     axes: Mapping[str, Mapping[int, str]]
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray[Any, Any]]:
+        """The inputs, for readers of the file."""
+        return {name: array_of(value) for name, value in self.inputs.items()}
 
 
 def stages(loaded: LoadedModel, sample: Any, *, use_cache: bool = False) -> list[Stage]:

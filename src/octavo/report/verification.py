@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from octavo.report.words import count_text
+from octavo.report.words import bytes_text, count_text
 
 _MOST = 8
+_ENGINE_REMARKS = {
+    "wide_weights": (("quantized weight", ""), "in high precision"),
+    "float_products": (("product", ""), "of quantized operands in float"),
+    "unfused_attention": (("softmax", "softmaxes"), "not fused with the products around"),
+}
 
 
 def verification_view(result: Mapping[str, Any], directory: str) -> RenderableType:
@@ -57,16 +62,32 @@ def _graph_text(graph: Mapping[str, Any]) -> str:
         )
     unfused = graph["unfused"]
     if unfused:
-        codes += f"; {count_text(len(unfused), 'product')} not fused, computed in float: {', '.join(unfused[:4])}"
-        codes += ", ..." if len(unfused) > 4 else ""
+        codes += f"; {count_text(len(unfused), 'product')} not fused, computed in float: {_first(unfused)}"
+    if graph["lost"]:
+        codes += f"; quantizers that no file has: {_first(graph['lost'])}"
     if graph["different_outputs"]:
         codes += f"; outputs that differ: {', '.join(list(graph['different_outputs'])[:_MOST])}"
     for name, built in graph["engines"].items():
-        codes += f"; TensorRT builds for {name}" if isinstance(built, int) else f"; TensorRT for {name}: {built}"
+        codes += f"; TensorRT for {name}: {_engine_text(built)}"
     return (
         f"{graph['file']} runs in {graph['runtime']}{refused}: cosine to the unquantized model {graph['cosine']:.4f}, "
         f"simulated {graph['simulated_cosine']:.4f}{codes}"
     )
+
+
+def _engine_text(engine: Mapping[str, Any]) -> str:
+    """Size of an engine, and what TensorRT did not do in low precision; or why there is none."""
+    if not engine["num_bytes"]:
+        return engine["needs"] or engine["problem"]
+    text = bytes_text(engine["num_bytes"])
+    for key, (words, what) in _ENGINE_REMARKS.items():
+        if engine[key]:
+            text += f", {count_text(len(engine[key]), *words)} {what}: {_first(engine[key])}"
+    return text
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
 def _verdict(agrees: bool, *, is_run: bool) -> Text:

@@ -1,0 +1,167 @@
+"""What TensorRT made of a graph, from the layers that its builder lists, and what it left in high precision.
+
+The lines are those of the engine inspector (https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/
+engine-tools.html), which the builder logs, too, so that no GPU is needed to read them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from octavo.onnx.lower import WEIGHT
+
+_LOW = frozenset(("Int8", "FP8", "Int4", "FP4E2M1"))
+_FUSED_ATTENTION = "_mha"
+_PRODUCTS = frozenset(("MatMul", "Gemm", "Conv", "ConvTranspose"))
+_MOVES = frozenset(("Transpose", "Reshape", "Expand", "Unsqueeze", "Squeeze", "Mul"))
+_LINE = re.compile(
+    r"Name: (?P<name>.*?), LayerType: .*?, Inputs: (?P<inputs>.*?), Constants: (?P<constants>.*?), Outputs: .*"
+    r"Metadata: ?(?P<nodes>.*)$"
+)
+_TENSOR = re.compile(r"Name: .*?, Dimensions: \[(?P<shape>.*?)\].*?Datatype: (?P<dtype>\w+)")
+_NODE = re.compile(r"ONNX Layer: (.*?)\]")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineTensor:
+    """What a layer reads: a size of -1 is known at run time."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def is_low(self) -> bool:
+        """Whether it has 8 bits or fewer for a value."""
+        return self.dtype in _LOW
+
+    @property
+    def num_values(self) -> int:
+        """Of a constant."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLayer:
+    """One kernel of an engine.
+
+    Args:
+        name: TensorRT's; that of fused attention says so.
+        inputs: Activations that it reads.
+        constants: Weights, scales and biases in it.
+        nodes: Names of the graph's nodes that it computes, or a part of them.
+    """
+
+    name: str
+    inputs: tuple[EngineTensor, ...]
+    constants: tuple[EngineTensor, ...]
+    nodes: frozenset[str]
+
+    @property
+    def is_attention(self) -> bool:
+        """Whether both products and the softmax are in it."""
+        return _FUSED_ATTENTION in self.name
+
+    @property
+    def multiplies_in_low_precision(self) -> bool:
+        """Whether all that it reads has 8 bits or fewer, a mask and scales of one value aside."""
+        read = [t for t in (*self.inputs, *self.constants) if t.dtype != "Bool" and t.shape not in ((), (1,))]
+        if self.is_attention:
+            return any(tensor.is_low for tensor in self.inputs)
+        return bool(self.inputs) and all(tensor.is_low for tensor in read)
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """One graph built for one architecture.
+
+    Args:
+        num_bytes: Of the engine; 0 where there is none.
+        problem: Why there is none, in TensorRT's words.
+        needs: What the graph has that the architecture lacks; such an engine is not expected.
+        wide_weights: Quantized weights that the engine holds in a float type.
+        float_products: Products of quantized operands that are computed in float.
+        unfused_attention: Softmax nodes that are not in one kernel with the products around them.
+    """
+
+    num_bytes: int = 0
+    problem: str = ""
+    needs: str = ""
+    wide_weights: tuple[str, ...] = ()
+    float_products: tuple[str, ...] = ()
+    unfused_attention: tuple[str, ...] = ()
+
+    @property
+    def is_expected(self) -> bool:
+        """Built, with every quantized weight in low precision, or not possible on this architecture."""
+        return bool(self.needs) or bool(self.num_bytes and not self.wide_weights)
+
+
+def layers_in(log: Iterable[str]) -> list[EngineLayer]:
+    """The layers that a builder listed among its messages.
+
+    Args:
+        log: Messages of a build with detailed profiling verbosity.
+    """
+    text = next((message for message in log if message.startswith("Layers:")), "")
+    return [_layer(match) for match in map(_LINE.match, text.splitlines()) if match]
+
+
+def _layer(match: re.Match[str]) -> EngineLayer:
+    nodes = frozenset(_NODE.findall(match["nodes"]))
+    return EngineLayer(match["name"], tuple(_tensors(match["inputs"])), tuple(_tensors(match["constants"])), nodes)
+
+
+def _tensors(text: str) -> Iterator[EngineTensor]:
+    for found in _TENSOR.finditer(text):
+        shape = tuple(int(size) for size in found["shape"].split(",") if size)
+        yield EngineTensor(shape, found["dtype"])
+
+
+def judge(graph: ir.Graph, num_bytes: int, layers: list[EngineLayer]) -> Engine:
+    """Hold the layers of an engine against the graph that it was built of."""
+    return Engine(
+        num_bytes,
+        wide_weights=tuple(_wide_weights(graph, layers)),
+        float_products=tuple(_float_products(graph, layers)),
+        unfused_attention=tuple(_unfused_attention(graph, layers)),
+    )
+
+
+def _wide_weights(graph: ir.Graph, layers: list[EngineLayer]) -> Iterator[str]:
+    """Weights without a constant of their size in low precision in any layer that reads them."""
+    for node in graph:
+        codes = node.inputs[0] if WEIGHT in node.metadata_props else None
+        if codes is None or codes.const_value is None:
+            continue
+        size = math.prod(codes.const_value.shape.numpy())
+        there = (tensor for layer in layers if node.name in layer.nodes for tensor in layer.constants)
+        if not any(tensor.is_low and tensor.num_values >= size for tensor in there):
+            yield node.metadata_props[WEIGHT]
+
+
+def _float_products(graph: ir.Graph, layers: list[EngineLayer]) -> Iterator[str]:
+    low = frozenset[str]().union(*(layer.nodes for layer in layers if layer.multiplies_in_low_precision))
+    for node in graph:
+        is_quantized = node.op_type in _PRODUCTS and all(_is_dequantized(value) for value in node.inputs[:2])
+        if is_quantized and node.name not in low:
+            yield str(node.name)
+
+
+def _is_dequantized(value: ir.Value | None) -> bool:
+    """Whether a value is dequantized, directly or behind nodes that move or scale it."""
+    node = value.producer() if value is not None else None
+    while node is not None and node.op_type in _MOVES and node.inputs[0] is not None:
+        node = node.inputs[0].producer()
+    return node is not None and node.op_type == "DequantizeLinear"
+
+
+def _unfused_attention(graph: ir.Graph, layers: list[EngineLayer]) -> Iterator[str]:
+    fused = frozenset[str]().union(*(layer.nodes for layer in layers if layer.is_attention))
+    for node in graph:
+        if node.op_type == "Softmax" and node.name not in fused:
+            yield str(node.name)
