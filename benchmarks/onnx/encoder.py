@@ -42,7 +42,7 @@ def prepare(place: Path) -> None:
 
     ids = torch.ones((2, 16), dtype=torch.long)
     loaded = open_model(get_model_path())
-    (stage,) = stages(loaded, {"input_ids": ids, "attention_mask": ids})
+    (stage,) = stages(loaded, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     save(graph_of(stage), place / "model.onnx")
     tokenizer = AutoTokenizer.from_pretrained(get_model_path())
     for name, file, count in (("calibration", CALIBRATION, 64), ("judges", TEST, JUDGES)):
@@ -72,23 +72,31 @@ def embeddings(session: Any, data: Any) -> np.ndarray:
     return np.concatenate(rows)
 
 
+def open_session(file: Path) -> Any:
+    """A session on the CPU with as many threads as torch has."""
+    import onnxruntime
+    import torch
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+
+def cosine(found: np.ndarray, reference: np.ndarray) -> float:
+    """The mean over texts."""
+    norms = np.linalg.norm(found, axis=1) * np.linalg.norm(reference, axis=1)
+    return float(((found * reference).sum(1) / norms).mean())
+
+
 def judge(results: list[dict[str, Any]], place: Path, rounds: int) -> None:
     """Accuracy and speed of every file, beside the unquantized graph."""
-    import onnxruntime
-
-    def open_session(file: str) -> Any:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        return onnxruntime.InferenceSession(str(place / file), options, providers=["CPUExecutionProvider"])
-
     judges = np.load(place / "judges.npz")
-    sessions = {row["tool"]: open_session(row["file"]) for row in results if "file" in row}
+    sessions = {row["tool"]: open_session(place / row["file"]) for row in results if "file" in row}
     reference = embeddings(sessions["fp32"], judges)
     for row in results:
         if row["tool"] in sessions:
-            found = embeddings(sessions[row["tool"]], judges)
-            norms = np.linalg.norm(found, axis=1) * np.linalg.norm(reference, axis=1)
-            row["cosine"] = float(((found * reference).sum(1) / norms).mean())
+            row["cosine"] = cosine(embeddings(sessions[row["tool"]], judges), reference)
     for batch in (1, 8):
         fed = {name: judges[name][:batch] for name in ("input_ids", "attention_mask")}
         best = dict.fromkeys(sessions, float("inf"))

@@ -45,6 +45,26 @@ def test_a_module_runs_in_onnxruntime_as_it_was_simulated(tmp_path: Path, target
         assert np.allclose(found, run.model(more).numpy(), atol=2e-2)
 
 
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.linear(a) - b
+        return out
+
+
+def test_one_tensor_for_two_inputs_stays_two_inputs(tmp_path: Path) -> None:
+    x = torch.ones(2, 4)
+    run = pipeline.quantize(Two(), "int8-weight-only", sample=(x, x))
+    out = pipeline.export(run, tmp_path / "onnx", layout="onnx", sample=(x, x))
+    a, b = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(1))
+    (found,) = session(out / "model.onnx").run(None, {"a": a.numpy(), "b": b.numpy()})
+    with torch.no_grad():
+        assert np.allclose(found, run.model(a, b).numpy(), atol=1e-5)
+
+
 def test_a_run_for_one_target_is_refused_for_another(tmp_path: Path) -> None:
     x = torch.randn(2, 3, 8, 8)
     run = pipeline.quantize(Small(), "int8", [x], target="onnxruntime-cpu")

@@ -36,7 +36,7 @@ def graph_of(stage: Stage) -> ir.Model:
         with _eager_attention(module), _quiet(), exact_sums():
             program = torch.onnx.export(
                 module,
-                tuple(stage.inputs.values()),
+                tuple(value.clone() for value in stage.inputs.values()),  # one tensor under two names is traced as one
                 input_names=list(stage.inputs),
                 output_names=list(stage.outputs),
                 dynamo=True,
