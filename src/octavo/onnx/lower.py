@@ -63,10 +63,13 @@ class Style:
     Args:
         unsigned_activations: Codes of activations as UINT8, 128 higher than the INT8 ones.
         integer_biases: Biases of products of 8-bit integers in INT32 (``biases.py``).
+        spells_relu: A ReLU in front of small floats is written as Max. onnxruntime (1.32) takes a ReLU away that a
+            QuantizeLinear with zero point 0 follows, unless the codes are INT8: right for UINT8, wrong for FP8.
     """
 
     unsigned_activations: bool = False
     integer_biases: bool = False
+    spells_relu: bool = False
 
 
 def lower(model: ir.Model, style: Style, *, opset: int, stored: Mapping[str, QTensor] | None = None) -> None:
@@ -169,6 +172,10 @@ class _Writer:
             low, high = fmt.element.min_code, fmt.element.max_code
             if self.style.unsigned_activations and code_name == "INT8":
                 code_name, zero_point, low, high = "UINT8", zero_point + 128, low + 128, high + 128
+        relu = x.producer()
+        if self.style.spells_relu and is_float(fmt.element) and relu is not None and relu.op_type == "Relu":
+            nothing = self.initializer(f"{name}_low", np.zeros((), _NUMPY[dtype]), dtype)
+            x = self.put(node, "Max", [relu.inputs[0], nothing], f"{name}.relu").outputs[0]
         step = self.initializer(f"{name}_scale", np.asarray(scale, dtype=_NUMPY[dtype]), dtype)
         zero = self.initializer(f"{name}_zero_point", np.asarray(zero_point).astype(_NUMPY[code_name]), code_name)
         if low is not None and high is not None and not _fills(code_name, low, high):

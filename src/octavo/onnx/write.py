@@ -47,7 +47,8 @@ def write_graphs(
 ) -> None:
     """One ``.onnx`` file for each part of ``loaded``; see ``OnnxLayout.fill``."""
     target = target_named(plan.target)
-    style = Style(target.unsigned_codes, target.integer_biases)
+    is_for_onnxruntime = not target.name or target.name.startswith("onnxruntime")
+    style = Style(target.unsigned_codes, target.integer_biases, spells_relu=is_for_onnxruntime)
     stored = {quantizer_name(layer.name, Slot.WEIGHT): layer.weight for layer in layers if layer.weight is not None}
     written = []
     use_cache = use_cache and can_cache(loaded, sample)
