@@ -8,21 +8,17 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from typing import assert_never
 
 import torch
 from torch import Tensor
 
 from octavo.backends.base import Support
 from octavo.backends.calls import DTYPES, LONGEST_SUM, blocks_of, element_of, function_of, threads
+from octavo.backends.exact import first_difference, is_small
 from octavo.backends.native import LIBRARY
-from octavo.numerics import qtensor, scaling
-from octavo.spec.element import CodebookFormat, ElementFormat, FloatFormat, IntFormat
-from octavo.spec.formats import FORMATS
-from octavo.spec.tensor_format import Granularity, PerTensor, PerTile, Shape, TensorFormat, one_level
-
-_LONGEST_BOOK = 16  # the search for the nearest entry is linear
-_SAMPLE = ("int8-channel", "int4-group32-asymmetric", "e4m3-tensor", "mxint8", "nvfp4", "nf4")
+from octavo.numerics import scaling
+from octavo.spec.element import ElementFormat, IntFormat
+from octavo.spec.tensor_format import Granularity, PerTensor, PerTile, Shape, TensorFormat
 
 
 class CompiledBackend:
@@ -36,7 +32,7 @@ class CompiledBackend:
             return Support(False, f"compiled loops take fp32, bf16 and fp16 on a CPU, not {x.dtype} on {x.device}")
         if fmt.scale is None or fmt.offset is not None:
             return Support(False, f"{fmt} has no scales, or an offset")
-        if not _is_known(fmt.element):
+        if not is_small(fmt.element):
             return Support(False, f"there is no compiled loop for {fmt.element.name}")
         if LIBRARY.get() is None or not _is_exact():
             return Support(False, LIBRARY.reason)
@@ -125,37 +121,11 @@ def pack(codes: Tensor, bits: int) -> Tensor | None:
 
 @cache
 def _is_exact() -> bool:
-    """Whether what the compiler made of the loops gives the bits of ``numerics`` on values of every kind.
-
-    Compilers differ in what they permit themselves (and ``CXX`` may be a script with options of its own).
-    """
-    words = (
-        torch.arange(1 << 13, dtype=torch.int64, device="cpu") * 0x9E3779B1
-    )  # a multiplicative hash: bit patterns of all kinds, NaN and subnormals
-    x = words.bitwise_and(0xFFFFFFFF).sub(1 << 31).to(torch.int32).view(torch.float32).view(64, 128)
-    backend = CompiledBackend()
-    for name in _SAMPLE:
-        fmt = FORMATS[name]
-        scale, zero_point = qtensor.stored_scale(x.nan_to_num(0, 1e3, -1e3).clamp(-1e3, 1e3), fmt)
-        expected = qtensor.fake_quantize(x, one_level(fmt), scale=scale, zero_point=zero_point)
-        found = backend.fake_quantize(x, fmt, scale, zero_point)
-        same = (found.view(torch.int32) == expected.view(torch.int32)) | (found.isnan() & expected.isnan())
-        if not bool(same.all()):
-            LIBRARY.give_up(f"this compiler's code does not round exactly ({name}); another one can be named in CXX")
-            return False
-    return True
-
-
-def _is_known(element: ElementFormat) -> bool:
-    match element:
-        case IntFormat(bits=bits, unit=unit):
-            return bits <= 8 and math.frexp(unit)[0] == 0.5
-        case FloatFormat(bits=bits, mantissa_bits=mantissa, is_signed=is_signed):
-            return bits <= 8 and mantissa > 0 and is_signed
-        case CodebookFormat(values=values):
-            return len(values) <= _LONGEST_BOOK
-        case _:
-            assert_never(element)
+    """Whether the compiler kept to what is written (``CXX`` may be a script with options of its own)."""
+    name = first_difference(CompiledBackend(), torch.device("cpu"))
+    if name:
+        LIBRARY.give_up(f"this compiler's code does not round exactly ({name}); another one can be named in CXX")
+    return not name
 
 
 def _readable(x: Tensor) -> tuple[Tensor, int]:

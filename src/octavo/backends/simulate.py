@@ -14,12 +14,13 @@ from torch import Tensor
 
 from octavo.backends.base import Backend
 from octavo.backends.compiled import CompiledBackend
+from octavo.backends.gpu import GpuBackend
 from octavo.backends.inplace import InPlaceBackend
 from octavo.numerics import qtensor
 from octavo.numerics.scaling import expand_scale, from_blocks, to_blocks
 from octavo.spec.tensor_format import TensorFormat
 
-BACKENDS: tuple[Backend, ...] = (CompiledBackend(), InPlaceBackend())
+BACKENDS: tuple[Backend, ...] = (CompiledBackend(), GpuBackend(), InPlaceBackend())
 """Tried in order; what none of them takes is computed by ``numerics``."""
 
 _LIBRARY = torch.library.Library("octavo", "DEF")
