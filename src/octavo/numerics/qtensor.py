@@ -22,6 +22,7 @@ from octavo.numerics.scaling import (
     expand_scale,
     from_blocks,
     min_max,
+    ordered_sum,
     outer_scale_from_amax,
     scale_from_amax,
     scale_from_range,
@@ -361,7 +362,9 @@ def _block_mean(x: Tensor, fmt: TensorFormat) -> Tensor:
     if not dims:
         return blocks
     filled, _ = to_blocks(torch.ones_like(x, dtype=torch.float32), fmt.offset_blocks)
-    return (blocks / expand_scale(filled.sum(dims), fmt.offset_blocks, tuple(x.shape))).sum(dims)
+    shares = blocks / expand_scale(filled.sum(dims), fmt.offset_blocks, tuple(x.shape))
+    last = tuple(range(-len(dims), 0))
+    return ordered_sum(shares.movedim(dims, last).flatten(-len(dims)).clone())
 
 
 def _values(part: Tensor | QTensor) -> Tensor:

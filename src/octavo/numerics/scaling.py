@@ -296,18 +296,22 @@ def _best_scale(
 
 
 def squared_error(rows_NS: Tensor, scale_N: Tensor, element: ElementFormat) -> Tensor:
-    """``(N,)`` squared error of fp32 rows that are rounded with these scales, summed in an order of its own.
+    """``(N,)`` squared error of fp32 rows that are rounded with these scales, summed by ``ordered_sum``."""
+    scale_N1 = scale_N.unsqueeze(1)
+    return ordered_sum(round_owned(rows_NS / scale_N1, element).mul_(scale_N1).sub_(rows_NS).square_())
+
+
+def ordered_sum(terms: Tensor) -> Tensor:
+    """Sum over the last axis in an order of its own; overwrites ``terms``.
 
     The second half of what is left is added to the first until one sum is left: more exact than one after the other,
     and the same on every machine.
     """
-    scale_N1 = scale_N.unsqueeze(1)
-    errors = round_owned(rows_NS / scale_N1, element).mul_(scale_N1).sub_(rows_NS).square_()
-    while errors.shape[1] > 1:
-        half = errors.shape[1] // 2
-        errors[:, :half] += errors[:, -half:]
-        errors = errors[:, : errors.shape[1] - half]
-    return errors.squeeze(1)
+    while terms.shape[-1] > 1:
+        half = terms.shape[-1] // 2
+        terms[..., :half] += terms[..., -half:]
+        terms = terms[..., : terms.shape[-1] - half]
+    return terms.sum(-1)  # of one, or of none
 
 
 def _empty_scale(fmt: TensorFormat) -> float:
