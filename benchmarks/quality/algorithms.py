@@ -1,166 +1,250 @@
-"""What octavo's own choices cost a real sentence encoder, beside plain rounding and beside peers' algorithms.
+"""What octavo's own choices cost two real models, beside plain rounding and beside peers' algorithms.
 
-    python -m benchmarks.quality.algorithms [--draws 3] [--texts 192] [--limit PAIRS] [--peer NAME=PYTHON ...] [--json]
+    python -m benchmarks.quality.algorithms [--subject encoder] [--draws 3] [--pairs N] [--peer NAME=PYTHON ...]
 
-Mean cosine to the unquantized embeddings, calibrated on texts that the test does not have. Each draw of calibration
-texts gives one figure; a difference to a peer is formed within a draw, and its standard error is over the draws.
+The sentence encoder is judged by the mean cosine to the unquantized embeddings, the language model by the perplexity
+it loses and by the divergence of its predictions from the unquantized ones. Each draw of calibration texts, none of
+which the test has, gives one figure; a difference to a peer is formed within a draw, and its standard error is over
+the draws. A cell is one method on one draw: a process of its own makes it, and ``--work`` keeps it, so that a run goes
+on where it was interrupted (``--again TEXT`` makes cells anew whose key has the text).
+
+Of a peer's methods for a format, all are run on the first draw, and the best of them on the others.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import importlib
 import json
+import os
 import statistics
+import subprocess
 import sys
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.data import files
 from benchmarks.machine import describe_machine, one_line
-from benchmarks.peers.call import call_peer
-from benchmarks.quality.encoder import Judge, bundled_encoder
+from benchmarks.quality.encoder import bundled_encoder
 
-import octavo
-from octavo.sources import Dataset
+ROOT = Path(__file__).parents[2]
+LIBRARIES = ("octavo", "modelopt", "llmcompressor", "autoround", "torchao")
+GOALS = {"int8": 0.997, "int4-group128": 0.985, "int4-group32": 0.989, "nvfp4-weight-only": 0.990, "nvfp4": 0.981}
+"""Format -> the least cosine that is wanted."""
 
-_PAIRS_PER_DRAW = 96
-PEERS = {name: Path(__file__).parents[1] / "peers" / f"{name}_encoder.py" for name in ("llmcompressor",)} | {
-    "modelopt": Path(__file__).parents[1] / "peers" / "modelopt_algorithms.py"
-}
+Values = Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One format: octavo's choice, its plain preset, and the least cosine that is wanted."""
+class Subject:
+    """One model with its texts; ``metrics`` are shown, and the first one says which of two results is better."""
 
-    best: str
-    plain: str
-    goal: float | None = None
+    name: str
+    model: str
+    test: Path
+    draws: tuple[Path, ...]
+    metrics: Mapping[str, int]
+    limit: int | None = None
 
-
-ROWS: dict[str, Row] = {
-    "int8": Row("best:int8", "int8", 0.997),
-    "int4-group128": Row("best:int4-group", "int4-group", 0.985),
-    "int4-group32": Row("best:int4-group32", "int4-group32", 0.989),
-    "nvfp4-weight-only": Row("best:nvfp4-weight-only", "nvfp4-weight-only", 0.990),
-    "nvfp4": Row("best:nvfp4", "nvfp4", 0.981),
-    "mxfp4": Row("best:mxfp4", "mxfp4"),
-    "w4a8": Row("best:w4a8", "w4a8"),
-}
+    def __str__(self) -> str:
+        return self.name
 
 
-def draws(count: int, num_texts: int) -> list[Dataset]:
-    """Calibration texts, none in two draws."""
-    everything = octavo.open_data(files.DRAWS)
-    starts = [draw * _PAIRS_PER_DRAW for draw in range(count)]
-    samples = [everything.samples[start : start + min(num_texts // 2, _PAIRS_PER_DRAW)] for start in starts]
-    return [Dataset(f"draw {i}", everything.kind, part) for i, part in enumerate(samples)]
+METRICS: Mapping[str, Mapping[str, int]] = {"encoder": {"cosine": 1}, "language": {"kl": -1, "increase": -1}}
+"""Subject -> metric -> 1 where more is better, else -1."""
 
 
-def cosine(recipe: str, model: str, judge: Judge, calibration: Dataset) -> float:
-    """Of one recipe on one draw."""
-    loaded = octavo.open_model(model)
-    octavo.quantize(loaded, recipe, octavo.batches(calibration, loaded, batch_size=32))
-    found = judge.judge(loaded)["cosine"]["quantized"]
-    assert found is not None
+def subject(name: str, args: argparse.Namespace) -> Subject:
+    """The model, with its draws written into the work directory."""
+    if name == "encoder":
+        files.check_sums()
+        model, test, source, per_draw = args.encoder or bundled_encoder(), files.TEST, files.DRAWS, args.texts // 2
+        rows = source.read_text(encoding="utf-8").splitlines(keepends=True)
+        parts = [rows[96 * draw : 96 * draw + min(per_draw, 96)] for draw in range(args.draws)]
+    else:
+        model, test = args.language or _language_model(), Path(args.language or _language_model()) / "held_out.txt"
+        rows = (Path(model) / "calibration.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        parts = [rows[draw::3][: args.texts // 6] for draw in range(args.draws)]
+    paths = tuple(args.work / f"{name}-draw{draw}.jsonl" for draw in range(args.draws))
+    for path, part in zip(paths, parts, strict=True):
+        path.write_text("".join(part), encoding="utf-8")
+    limit = {"encoder": args.pairs, "language": args.windows}[name]
+    return Subject(name, model, test, paths, METRICS[name], limit)
+
+
+def _language_model() -> str:
+    from octavo.demo.catalog import language_model
+
+    return str(language_model())
+
+
+class Cells:
+    """Results by key, in a file that is written after each of them."""
+
+    def __init__(self, work: Path, pythons: Mapping[str, str]) -> None:
+        self.work, self.pythons, self.path = work, pythons, work / "cells.json"
+        self.found: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {}
+
+    def forget(self, text: str) -> None:
+        """Make cells anew whose key has ``text``."""
+        self.found = {key: value for key, value in self.found.items() if text not in key}
+
+    def get(self, of: Subject, library: str, method: str, draws: Sequence[int]) -> list[Any]:
+        """What ``method`` gave on ``draws``; those that are not known yet are made."""
+        keys = [f"{_digest(of, draw)} {of} {library} {draw} {method}" for draw in draws]
+        missing = [draw for key, draw in zip(keys, draws, strict=True) if key not in self.found]
+        if missing:
+            print(f"{of}: {library} {method} ...", file=sys.stderr, flush=True)
+            made = self._make(of, library, method, missing)
+            self.found = (json.loads(self.path.read_text()) if self.path.exists() else {}) | self.found
+            by_draw = dict(zip(draws, keys, strict=True))
+            self.found |= {by_draw[draw]: value for draw, value in made.items()}
+            partial = self.path.with_suffix(f".{os.getpid()}")
+            partial.write_text(json.dumps(self.found, indent=1), encoding="utf-8")
+            partial.replace(self.path)
+        return [self.found[key] for key in keys]
+
+    def _make(self, of: Subject, library: str, method: str, draws: Sequence[int]) -> dict[int, Any]:
+        command = [self.pythons[library], "-m", f"benchmarks.peers.{library}_cells", "--subject", of.name]
+        command += ["--model", of.model, "--test", str(of.test), "--method", method]
+        command += ["--reference", str(self.work / f"{of}-{_digest(of, 0)}.safetensors")]
+        command += ["--limit", str(of.limit)] if of.limit else []
+        for draw in draws:
+            command += ["--calibration", str(of.draws[draw])]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=_environment())
+        lines = [json.loads(line) for line in done.stdout.splitlines()]
+        reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1][:300]
+        known = lines[0] if lines else {}
+        answers: dict[int, Any] = dict(zip(draws, lines[1:], strict=False))
+        failed = next((answer["failed"] for answer in answers.values() if "failed" in answer), reason)
+        return {draw: known | answers.get(draw, {"failed": failed}) for draw in draws}
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+
+
+def _digest(of: Subject, draw: int) -> str:
+    """Of everything that a cell's figure depends on beside the library."""
+    parts = (of.name, of.limit, of.draws[draw].read_text(encoding="utf-8"), of.test.read_text(encoding="utf-8"))
+    weights = hashlib.sha256((Path(of.model) / "model.safetensors").read_bytes()).hexdigest()
+    return hashlib.sha256(repr((*parts, weights)).encode()).hexdigest()[:8]
+
+
+def methods(library: str, row: str) -> list[str]:
+    """Of a library, for a format."""
+    known = importlib.import_module(f"benchmarks.peers.{library}_cells").METHODS
+    return [method for method in known if method.split()[0] == row]
+
+
+def row_of(cells: Cells, of: Subject, row: str, libraries: Sequence[str]) -> dict[str, Any]:
+    """Library and method -> its results, draw by draw; the best method of each peer on all draws."""
+    every = range(len(of.draws))
+    found: dict[str, Any] = {f"octavo {kind}": cells.get(of, "octavo", f"{row} {kind}", every) for kind in KINDS}
+    for library in libraries:
+        first = {method: cells.get(of, library, method, [0])[0] for method in methods(library, row)}
+        metric, sign = next(iter(of.metrics.items()))
+        worked = [method for method, cell in first.items() if "values" in cell]
+        best = max(worked, key=lambda method: sign * first[method]["values"][metric], default=None)
+        for method in first:
+            found[f"{library} {method}"] = cells.get(of, library, method, every if method == best else [0])
     return found
 
 
-def ours(names: Sequence[str], model: str, judge: Judge, calibration: Sequence[Dataset]) -> dict[str, Any]:
-    """Format -> cosines of octavo's choice and of plain rounding, draw by draw."""
-    results: dict[str, Any] = {}
-    for name in names:
-        row = ROWS[name]
-        print(f"{name} ...", file=sys.stderr, flush=True)
-        results[name] = {
-            "best": [cosine(row.best, model, judge, draw) for draw in calibration],
-            "plain": [cosine(row.plain, model, judge, draw) for draw in calibration],
-            "goal": row.goal,
-        }
-    return results
+KINDS = ("plain", "best")
 
 
-def peers(given: Mapping[str, Path], model: str, limit: int | None, calibration: Sequence[Dataset]) -> dict[str, Any]:
-    """Peer -> what its script printed."""
-    found: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        paths = []
-        for i, draw in enumerate(calibration):
-            paths.append(Path(folder) / f"{i}.jsonl")
-            pairs = (dict(zip(("query", "document"), sample.texts, strict=True)) for sample in draw.samples)
-            paths[-1].write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
-        for name, python in given.items():
-            print(f"{name} ...", file=sys.stderr, flush=True)
-            options = ["--model", model, "--pairs", str(files.TEST)]
-            options += [part for path in paths for part in ("--calibration", str(path))]
-            options += ["--limit", str(limit)] if limit else []
-            found[name] = call_peer(python, PEERS[name], options)
-    return found
-
-
-def table(results: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    """Markdown. A peer's figure is followed by how much octavo's is above it, with its standard error."""
-    lines = ["| format | octavo | plain rounding | goal | peers |", "| --- | --- | --- | --- | --- |"]
-    for name, row in results.items():
-        beside = [_beside(row["best"], *entry) for entry in _of_format(name, found)]
-        goal = (
-            "" if row["goal"] is None else f"{row['goal']}: {'met' if _mean(row['best']) >= row['goal'] else 'missed'}"
-        )
-        lines.append(
-            f"| {name} | {_mean(row['best']):.4f} | {_mean(row['plain']):.4f} | {goal} | {'; '.join(beside)} |"
-        )
+def table(of: Subject, rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """Markdown. A peer's figure is followed by how much better octavo's is, with its standard error over the draws."""
+    lines = []
+    for metric, sign in of.metrics.items():
+        goal = " goal |" if metric == "cosine" else ""
+        lines += [f"| {metric} | octavo's choice | plain |{goal} peers: octavo is better by |"]
+        lines += ["| --- | --- | --- | " + ("--- | " if goal else "") + "--- |"]
+        for row, found in rows.items():
+            best, plain = (_series(found[f"octavo {kind}"], metric) for kind in ("best", "plain"))
+            beside = [text for name, cells in found.items() for text in _beside(name, cells, best, (metric, sign))]
+            wanted = f" {_verdict(row, best)} |" if goal else ""
+            shown = f"{_figure(best)} | {_figure(plain)} |{wanted} {'; '.join(beside)}"
+            lines.append(f"| {row} | {shown} |")
+        lines.append("")
     return "\n".join(lines)
 
 
-def _of_format(name: str, found: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    entries = [(peer, part) for peer, result in found.items() for part in result.get("results", {}).items()]
-    return [(f"{peer} {method}", value) for peer, (method, value) in entries if method.split()[0] == name]
+def _verdict(row: str, best: Sequence[float]) -> str:
+    goal = GOALS.get(row)
+    return "" if goal is None else f"{goal} {'met' if statistics.fmean(best) >= goal else 'missed'}"
 
 
-def _beside(best: Sequence[float], peer: str, value: Mapping[str, Any]) -> str:
-    if "failed" in value:
-        return f"{peer} could not"
-    gaps = [a - b for a, b in zip(best, value["cosines"], strict=True)]
-    error = statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else float("nan")
-    return f"{peer} {_mean(value['cosines']):.4f} ({_mean(gaps):+.4f} ± {error:.4f})"
+def _beside(name: str, cells: Sequence[Any], best: Sequence[float], metric: tuple[str, int]) -> Iterator[str]:
+    library, *rest = name.split()
+    if library == "octavo":
+        return
+    if "failed" in cells[0]:
+        yield f"{library} {' '.join(rest[1:])}: could not ({_why(cells[0]['failed'])})"
+        return
+    series = _series(cells, metric[0])
+    gaps = [metric[1] * (a - b) for a, b in zip(best, series, strict=False)]
+    error = statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else None
+    spread = "one draw" if error is None else f"± {error:.2g}"
+    lost = " **behind**" if error is not None and statistics.fmean(gaps) < -error else ""
+    yield f"{library} {' '.join(rest[1:])} {_figure(series)} ({statistics.fmean(gaps):+.2g} {spread}){lost}"
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def _why(failure: str) -> str:
+    return "needs CUDA" if "cuda" in failure.lower() or "accelerator" in failure else failure[:60]
+
+
+def _series(cells: Sequence[Any], metric: str) -> list[float]:
+    return [cell["values"][metric] for cell in cells]
+
+
+def _figure(series: Sequence[float]) -> str:
+    return f"{statistics.fmean(series):.4f}"
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="another sentence encoder's directory")
-    parser.add_argument("--format", action="append", choices=ROWS, help="only this one (may be repeated)")
+    parser.add_argument("--subject", action="append", choices=METRICS, help="only this one")
+    parser.add_argument("--encoder", help="another sentence encoder's directory")
+    parser.add_argument("--language", help="another language model's directory, with held_out.txt, calibration.jsonl")
+    parser.add_argument("--format", action="append", help="only this row of the table (may be repeated)")
     parser.add_argument("--draws", type=int, default=3, choices=(1, 2, 3))
-    parser.add_argument("--texts", type=int, default=2 * _PAIRS_PER_DRAW, help="texts of a draw")
-    parser.add_argument("--limit", type=int, help="only the first pairs of the test, for a quick look")
-    parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON", help=f"one of {', '.join(PEERS)}")
+    parser.add_argument("--texts", type=int, default=192, help="texts of a draw")
+    parser.add_argument("--pairs", type=int, help="only the first pairs of the encoder's test")
+    parser.add_argument("--windows", type=int, help="only so many windows of the language model's test")
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON", help=", ".join(LIBRARIES[1:]))
+    parser.add_argument("--work", type=Path, default=Path("build/benchmarks"), help="where finished cells are kept")
+    parser.add_argument("--again", action="append", default=[], metavar="TEXT", help="make cells anew that have it")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     return parser
 
 
 def main() -> None:
     args = _parser().parse_args()
-    files.check_sums()
-    model = args.model or bundled_encoder()
-    everything = octavo.open_data(files.TEST)
-    test = Dataset(everything.name, everything.kind, everything.samples[: args.limit])
-    calibration = draws(args.draws, args.texts)
-    given = {name: Path(python) for name, _, python in (part.partition("=") for part in args.peer)}
-    results = ours(args.format or list(ROWS), model, Judge(model, test), calibration)
-    found = peers(given, model, args.limit, calibration)
-    machine = describe_machine()
+    args.work.mkdir(parents=True, exist_ok=True)
+    given = dict(part.split("=", 1) for part in args.peer)
+    unknown = sorted(set(given) - set(LIBRARIES[1:]))
+    if unknown:
+        sys.exit(f"no peer {unknown[0]!r}: peers are {', '.join(LIBRARIES[1:])}")
+    cells = Cells(args.work, {"octavo": sys.executable, **given})
+    for text in args.again:
+        cells.forget(text)
+    names = args.format or list(importlib.import_module("benchmarks.peers.octavo_cells").FORMATS)
+    results: dict[str, Any] = {}
+    tables = []
+    for of in (subject(name, args) for name in args.subject or METRICS):
+        results[of.name] = {row: row_of(cells, of, row, list(given)) for row in names}
+        tables.append(table(of, results[of.name]))
     if args.json:
-        print(json.dumps({"machine": machine, "num_pairs": len(test), "octavo": results, "peers": found}, indent=1))
+        print(json.dumps({"machine": describe_machine(), "results": results}, indent=1))
         return
-    print(one_line(machine))
-    print(f"{len(test)} pairs; {args.draws} draws of {args.texts} texts\n")
-    print(table(results, found))
+    print(one_line(describe_machine()))
+    print(f"{args.draws} draws\n")
+    print("\n".join(tables))
 
 
 if __name__ == "__main__":

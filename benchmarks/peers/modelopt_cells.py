@@ -1,0 +1,50 @@
+"""ModelOpt's algorithms on CPU. See ``cell.py``; the inputs of norms are left alone, as the other libraries do."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from benchmarks.peers.cell import Draw, Method, main
+from torch import nn
+
+_NORMS = {"quantizer_name": "*LayerNorm*", "enable": False}
+
+
+def config(name: str, algorithm: str | None = None, *, block: int | None = None) -> Method:
+    """By one of its configurations, with another algorithm, or other groups for the weights."""
+
+    def quantize(model: nn.Module, draw: Draw) -> nn.Module:
+        import modelopt.torch.quantization as mtq
+
+        chosen: dict[str, Any] = copy.deepcopy(getattr(mtq, name))
+        chosen["quant_cfg"] = [*chosen["quant_cfg"], _NORMS]
+        if block is not None:
+            for entry in chosen["quant_cfg"]:
+                if "weight" in entry.get("quantizer_name", "") and "block_sizes" in (entry.get("cfg") or {}):
+                    entry["cfg"]["block_sizes"] = {-1: block}
+        if algorithm is not None:
+            chosen["algorithm"] = {"method": algorithm}
+        mtq.quantize(model, chosen, draw.run)
+        return model
+
+    return quantize
+
+
+METHODS: dict[str, Method] = {
+    "int8 plain": config("INT8_DEFAULT_CFG"),
+    "int8 smoothquant": config("INT8_SMOOTHQUANT_CFG"),
+    "int4-group128 awq_lite": config("INT4_AWQ_CFG", "awq_lite"),
+    "int4-group128 awq_full": config("INT4_AWQ_CFG", "awq_full"),
+    "int4-group32 awq_lite": config("INT4_AWQ_CFG", "awq_lite", block=32),
+    "int4-group32 awq_full": config("INT4_AWQ_CFG", "awq_full", block=32),
+    "nvfp4-weight-only plain": config("W4A16_NVFP4_CFG"),
+    "nvfp4 plain": config("NVFP4_DEFAULT_CFG"),
+    "nvfp4 awq_lite": config("NVFP4_AWQ_LITE_CFG"),
+    "nvfp4 svdquant": config("NVFP4_SVDQUANT_DEFAULT_CFG"),
+    "mxfp4 plain": config("MXFP4_DEFAULT_CFG"),
+    "w4a8 awq": config("W4A8_AWQ_BETA_CFG"),
+}
+
+if __name__ == "__main__":
+    main("nvidia-modelopt", METHODS)
