@@ -8,48 +8,20 @@ from __future__ import annotations
 import argparse
 import json
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from benchmarks.peers.cell import embed, open_encoder, read_texts
+from torch import Tensor
 
 warnings.filterwarnings("ignore")
-
-_MAX_LENGTH = 256  # what the model's own sentence_bert_config.json says
 
 
 def read_pairs(path: Path) -> tuple[list[str], list[str]]:
     """Queries and documents."""
-    pairs = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [pair["query"] for pair in pairs], [pair["document"] for pair in pairs]
-
-
-def open_encoder(directory: str) -> tuple[nn.Module, Callable[[list[str]], dict[str, Tensor]]]:
-    """The model and its tokenizer."""
-    from transformers import AutoModel, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    model = AutoModel.from_pretrained(directory, dtype=torch.float32).eval()
-
-    def encode(texts: list[str]) -> dict[str, Tensor]:
-        return dict(tokenizer(texts, padding=True, truncation=True, max_length=_MAX_LENGTH, return_tensors="pt"))
-
-    return model, encode
-
-
-@torch.inference_mode()
-def embed(model: nn.Module, encode: Callable[[list[str]], dict[str, Tensor]], texts: list[str]) -> Tensor:
-    """``(N, D)`` unit vectors: the mean over the tokens that the mask keeps, normalized."""
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    rows = []
-    for start in range(0, len(order), 32):
-        inputs = encode([texts[i] for i in order[start : start + 32]])
-        hidden_BTD = model(**inputs).last_hidden_state
-        mask_BT1 = inputs["attention_mask"].unsqueeze(-1).float()
-        rows.append(F.normalize((hidden_BTD * mask_BT1).sum(1) / mask_BT1.sum(1), dim=1))
-    return torch.cat(rows)[torch.tensor(order).argsort()]
+    texts = read_texts(path)
+    return texts[::2], texts[1::2]
 
 
 def hits(queries: Tensor, documents: Tensor, k: int) -> Tensor:
@@ -96,10 +68,10 @@ def quantize_and_compare(
     """The metrics of one configuration, or why ModelOpt could not."""
     import modelopt.torch.quantization as mtq
 
-    model, encode = open_encoder(directory)
+    model, tokenizer = open_encoder(directory)
     try:
-        mtq.quantize(model, config, lambda m: embed(m, encode, calibration))
-        return {"metrics": compare([embed(model, encode, texts) for texts in pairs], reference)}
+        mtq.quantize(model, config, lambda m: embed(m, tokenizer, calibration))
+        return {"metrics": compare([embed(model, tokenizer, texts) for texts in pairs], reference)}
     except Exception as error:  # a peer's failure is a result
         return {"failed": f"{type(error).__name__}: {error}"}
 
@@ -116,8 +88,8 @@ def main() -> None:
     queries, documents = read_pairs(args.pairs)
     pairs = (queries[: args.limit], documents[: args.limit])
     calibration = [text for pair in zip(*read_pairs(args.calibration), strict=True) for text in pair]
-    model, encode = open_encoder(args.model)
-    reference = [embed(model, encode, texts) for texts in pairs]
+    model, tokenizer = open_encoder(args.model)
+    reference = [embed(model, tokenizer, texts) for texts in pairs]
     results = {
         name: quantize_and_compare(args.model, config, pairs, calibration, reference)
         for name, config in configurations().items()

@@ -19,7 +19,6 @@ import importlib
 import json
 import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,9 +27,9 @@ from typing import Any
 
 from benchmarks.data import files
 from benchmarks.machine import describe_machine, one_line
+from benchmarks.peers.call import run_module
 from benchmarks.quality.encoder import bundled_encoder
 
-ROOT = Path(__file__).parents[2]
 LIBRARIES = ("octavo", "modelopt", "llmcompressor", "autoround", "torchao")
 GOALS = {"int8": 0.997, "int4-group128": 0.985, "int4-group32": 0.989, "nvfp4-weight-only": 0.990, "nvfp4": 0.981}
 """Format -> the least cosine that is wanted."""
@@ -65,20 +64,22 @@ def subject(name: str, args: argparse.Namespace) -> Subject:
         rows = source.read_text(encoding="utf-8").splitlines(keepends=True)
         parts = [rows[96 * draw : 96 * draw + min(per_draw, 96)] for draw in range(args.draws)]
     else:
-        model, test = args.language or _language_model(), Path(args.language or _language_model()) / "held_out.txt"
+        model = args.language or _language_model()
+        test = Path(model) / "held_out.txt"
         rows = (Path(model) / "calibration.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         parts = [rows[draw::3][: args.texts // 6] for draw in range(args.draws)]
     paths = tuple(args.work / f"{name}-draw{draw}.jsonl" for draw in range(args.draws))
     for path, part in zip(paths, parts, strict=True):
         path.write_text("".join(part), encoding="utf-8")
+    model = str(Path(model).absolute())
     limit = {"encoder": args.pairs, "language": args.windows}[name]
     return Subject(name, model, test, paths, METRICS[name], limit)
 
 
 def _language_model() -> str:
-    from octavo.demo.catalog import language_model
+    from octavo.demo.catalog import model_path
 
-    return str(language_model())
+    return str(model_path("llama"))
 
 
 class Cells:
@@ -86,45 +87,50 @@ class Cells:
 
     def __init__(self, work: Path, pythons: Mapping[str, str]) -> None:
         self.work, self.pythons, self.path = work, pythons, work / "cells.json"
-        self.found: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {}
+
+    def kept(self) -> dict[str, Any]:
+        """What the file has; another run may add to it meanwhile."""
+        found: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
+        return found
+
+    def keep(self, cells: Mapping[str, Any]) -> None:
+        partial = self.path.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps(cells, indent=1), encoding="utf-8")
+        partial.replace(self.path)
 
     def forget(self, text: str) -> None:
         """Make cells anew whose key has ``text``."""
-        self.found = {key: value for key, value in self.found.items() if text not in key}
+        self.keep({key: value for key, value in self.kept().items() if text not in key})
 
     def get(self, of: Subject, library: str, method: str, draws: Sequence[int]) -> list[Any]:
-        """What ``method`` gave on ``draws``; those that are not known yet are made."""
-        keys = [f"{_digest(of, draw)} {of} {library} {draw} {method}" for draw in draws]
-        missing = [draw for key, draw in zip(keys, draws, strict=True) if key not in self.found]
+        """What ``method`` gave on ``draws``; those that are not known yet are made. A crash is told, but not kept."""
+        keys = {draw: key_of(of, library, method, draw) for draw in draws}
+        found = self.kept()
+        missing = [draw for draw in draws if keys[draw] not in found]
         if missing:
             print(f"{of}: {library} {method} ...", file=sys.stderr, flush=True)
-            made = self._make(of, library, method, missing)
-            self.found = (json.loads(self.path.read_text()) if self.path.exists() else {}) | self.found
-            by_draw = dict(zip(draws, keys, strict=True))
-            self.found |= {by_draw[draw]: value for draw, value in made.items()}
-            partial = self.path.with_suffix(f".{os.getpid()}")
-            partial.write_text(json.dumps(self.found, indent=1), encoding="utf-8")
-            partial.replace(self.path)
-        return [self.found[key] for key in keys]
+            made = {keys[draw]: cell for draw, cell in self._make(of, library, method, missing).items()}
+            found |= made
+            self.keep(self.kept() | {key: cell for key, cell in made.items() if "crashed" not in cell})
+        return [found[key] for key in keys.values()]
 
     def _make(self, of: Subject, library: str, method: str, draws: Sequence[int]) -> dict[int, Any]:
-        command = [self.pythons[library], "-m", f"benchmarks.peers.{library}_cells", "--subject", of.name]
-        command += ["--model", of.model, "--test", str(of.test), "--method", method]
-        command += ["--reference", str(self.work / f"{of}-{_digest(of, 0)}.safetensors")]
-        command += ["--limit", str(of.limit)] if of.limit else []
-        for draw in draws:
-            command += ["--calibration", str(of.draws[draw])]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=_environment())
-        lines = [json.loads(line) for line in done.stdout.splitlines()]
-        reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1][:300]
+        options = ["--subject", of.name, "--model", of.model, "--test", str(of.test), "--method", method]
+        options += ["--reference", str(self.work / f"{of}-{_digest(of, 0)}.safetensors")]
+        options += ["--limit", str(of.limit)] if of.limit else []
+        options += [part for draw in draws for part in ("--calibration", str(of.draws[draw]))]
+        printed, reason = run_module(self.pythons[library], f"{library}_cells", options)
+        lines = [json.loads(line) for line in printed]
         known = lines[0] if lines else {}
         answers: dict[int, Any] = dict(zip(draws, lines[1:], strict=False))
-        failed = next((answer["failed"] for answer in answers.values() if "failed" in answer), reason)
-        return {draw: known | answers.get(draw, {"failed": failed}) for draw in draws}
+        refused = [answer for answer in answers.values() if "failed" in answer]
+        rest = refused[0] if refused else {"failed": reason[:300], "crashed": True}
+        return {draw: known | answers.get(draw, rest) for draw in draws}
 
 
-def _environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+def key_of(of: Subject, library: str, method: str, draw: int) -> str:
+    """Of a cell."""
+    return f"{_digest(of, draw)} {of} {library} {draw} {method}"
 
 
 def _digest(of: Subject, draw: int) -> str:
@@ -225,6 +231,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = _parser().parse_args()
+    args.work = args.work.absolute()
     args.work.mkdir(parents=True, exist_ok=True)
     given = dict(part.split("=", 1) for part in args.peer)
     unknown = sorted(set(given) - set(LIBRARIES[1:]))

@@ -29,7 +29,7 @@ from octavo.pipeline import compared
 from octavo.sources import Dataset, LoadedModel
 
 Metrics = Mapping[str, Mapping[str, float | None]]
-_PEER = Path(__file__).parents[1] / "peers" / "modelopt_encoder.py"
+_PEER = "modelopt_encoder"
 _RECALLS = ("r_at_1", "r_at_5", "reverse_r_at_1", "reverse_r_at_5")
 
 
