@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ from octavo.spec.recipe import Recipe, load_recipe, read_recipe
 from octavo.spec.records import ExpertsRecord, MetricRecord, RunRecord, SensitivityRecord
 from octavo.spec.resolve import for_target, resolve
 from octavo.spec.select import quantizer_name
+from octavo.spec.steps import fused_rotation
 from octavo.spec.targets import target_named
 from octavo.spec.version import VERSION
 
@@ -113,7 +114,7 @@ def plan(
         UserError: the recipe does not fit the model, or the plan a layout.
     """
     loaded, the_recipe = _loaded(model), load_recipe(recipe)
-    found = resolve(the_recipe, _door(loaded, sample).facts(), target)
+    found = _resolved(_door(loaded, sample), the_recipe, target, may_untie=False)
     _refuse_misfits(found, layouts)
     _refuse_step_misfits(found, the_recipe, layouts)
     return found
@@ -167,11 +168,12 @@ def quantize(
     batches = None if data is None else as_batches(data, num_passes=2)
     with clock.phase("plan"):
         door = _door(loaded, sample) if sample is not None or batches is None else _door_on(loaded, batches)
-        the_plan = resolve(the_recipe, door.facts(), target)
-        if require_coverage is not None:
-            check_coverage(the_plan, require_coverage)
-        _refuse_early(the_plan, batches, layouts, tasks, loaded)
-        _refuse_steps(the_plan, the_recipe, batches, layouts)
+        the_plan = _resolved(door, the_recipe, target, may_untie=True)
+        with _tied_again_on_error(door):
+            if require_coverage is not None:
+                check_coverage(the_plan, require_coverage)
+            _refuse_early(the_plan, batches, layouts, tasks, loaded)
+            _refuse_steps(the_plan, the_recipe, batches, layouts)
         if keep_original and the_recipe.steps:
             cost = f"keep_original keeps a copy of the original tensors in memory: {kept_bytes(loaded.model):,} bytes"
             the_plan = dataclasses.replace(the_plan, warnings=(*the_plan.warnings, cost))
@@ -642,6 +644,26 @@ def _door_on(loaded: LoadedModel, batches: Iterable[Any]) -> Door:
             if not facts.experts and not any(site.unreached for site in facts.sites):
                 return door
     return _door(loaded, batch)
+
+
+def _resolved(door: Door, recipe: Recipe, target: str, *, may_untie: bool) -> Plan:
+    """The plan, with what becomes of rotations that are to be fused into weights."""
+    rotation = fused_rotation(recipe.steps)
+    if rotation is None:
+        return resolve(recipe, door.facts(), target)
+    found = door.find_rotations(rotation.fused, may_untie=may_untie)
+    with _tied_again_on_error(door):
+        the_plan = resolve(recipe, door.facts(), target)
+    return dataclasses.replace(the_plan, warnings=(*the_plan.warnings, *found.notes), untied=found.untied)
+
+
+@contextmanager
+def _tied_again_on_error(door: Door) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        door.tie_again()
+        raise
 
 
 def _first(batches: Iterable[Any]) -> Any:

@@ -91,6 +91,9 @@ class TensorBlock:
         rule = slot_rule(Slot.INPUT, self.input_format)
         return QuantizerSpec(rule.format, rule.is_dynamic, rule.observer or ObserverSpec())
 
+    def is_turned(self, layer: str) -> bool:
+        return False
+
     def groups(self) -> Sequence[InputGroup]:
         return [
             InputGroup(("first",), WIDTH),

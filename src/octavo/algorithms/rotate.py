@@ -1,7 +1,8 @@
 """Rotation as a step: Hadamard blocks on a layer's input at run time, and on its weight's columns beforehand.
 
-QuaRot (arXiv:2404.00456) spreads outliers over all channels; MR-GPTQ (arXiv:2509.23202) rotates blocks of the format's
-own group size, which is cheap at run time and evens out each group.
+Streams of the whole model are rotated in the weights alone, before the first block (``Door.rotate``); here is what was
+not. QuaRot (arXiv:2404.00456) spreads outliers over all channels; MR-GPTQ (arXiv:2509.23202) rotates blocks of the
+format's own group size, which is cheap at run time and evens out each group.
 """
 
 from __future__ import annotations
@@ -32,8 +33,12 @@ class RotateAlgorithm:
             if not wanted:
                 continue
             others = [layer for layer in group.layers if layer not in layers]
+            if all(block.is_turned(layer) for layer in group.layers):
+                continue
             size = self._block_size(block, group)
-            if others:
+            if "online" not in self.options.where:
+                reason = "what it reads lies in no stream that is rotated in the weights"
+            elif others:
                 reason = f"'{others[0]}' reads the same tensor, and the step is not for it"
             elif group.columns is not None or not group.takes_scale:
                 reason = "only inputs of linear layers are rotated"

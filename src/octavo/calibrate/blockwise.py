@@ -26,7 +26,7 @@ from octavo.report.clock import Clock
 from octavo.report.progress import Track, silent
 from octavo.spec.plan import Plan
 from octavo.spec.records import BlockRecord, StepRecord
-from octavo.spec.steps import Step, matcher
+from octavo.spec.steps import Step, fused_rotation, matcher
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +84,9 @@ def calibrate_blockwise(
     keeps = Need.CROSS in needs
     data = Digest()
     with Store() as store, door.evaluating(), ExitStack() as cleanup:
+        rotation = fused_rotation([step for step, _ in steps])
+        if rotation is not None:
+            told.notes += door.rotate(rotation.block)
         seen = batches if batches is None or keeping is None else data.watched(batches)
         walk = door.walk(seen, store, is_quantized=is_quantized, keeps_unquantized=keeps, folds_only=folds_only)
         num_batches = walk.num_batches

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from octavo.errors import UserError
-from octavo.export.companions import companion_bytes, copy_companions
+from octavo.export.companions import companion_bytes, copy_companions, say_untied
 from octavo.export.publish import published
 from octavo.export.shards import MAX_SHARD_BYTES
 from octavo.spec.plan import Plan
@@ -42,6 +42,8 @@ def written_checkpoint(
         with published(out, kind=kind, is_previous=is_previous) as partial:
             if source_directory is not None:
                 copy_companions(source_directory, partial, with_code=trust_remote_code)
+                if plan.untied:
+                    say_untied(partial / "config.json")
             yield partial
     except OSError as error:
         if error.errno not in _NO_ROOM:

@@ -54,6 +54,17 @@ def _forget_quantization(path: Path) -> None:
     path.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 
 
+def say_untied(path: Path) -> None:
+    """A configuration that ties the output head to the embeddings no longer does: readers would ignore its weight."""
+    if not path.is_file():
+        return
+    config = read_json(path)
+    inner = config.get("text_config")
+    if isinstance(inner, dict):
+        inner["tie_word_embeddings"] = False
+    path.write_text(json.dumps({**config, "tie_word_embeddings": False}, indent=2) + "\n", encoding="utf-8")
+
+
 def companion_bytes(source: Path | None, *, with_code: bool) -> int:
     """Bytes that ``copy_companions`` will write."""
     if source is None:

@@ -72,6 +72,7 @@ class TorchBlock:
         experts: Counts the tokens of experts.
         known_links: Links of blocks that are built alike, which are not looked for again.
         folds_only: Layers whose input takes a scale only where it can be folded.
+        turned: Keys of weights whose inputs a rotation of weights has turned.
     """
 
     def __init__(
@@ -89,7 +90,9 @@ class TorchBlock:
         experts: ExpertWatch | None = None,
         known_links: dict[object, dict[str, Link | None]] | None = None,
         folds_only: AbstractSet[str] = frozenset(),
+        turned: frozenset[str] = frozenset(),
     ) -> None:
+        self._turned = turned
         self.name = name
         self._known_links = {} if known_links is None else known_links
         self._experts = experts
@@ -155,6 +158,10 @@ class TorchBlock:
     def statistics(self, layer: str) -> InputStatistics:
         """See ``Block.statistics``."""
         return self._statistics.get(self._leader.get(layer, layer), InputStatistics(0))
+
+    def is_turned(self, layer: str) -> bool:
+        """See ``Block.is_turned``."""
+        return self._layers[layer].quantizer.key in self._turned
 
     def groups(self) -> Sequence[InputGroup]:
         """See ``Block.groups``."""

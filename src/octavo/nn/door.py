@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,13 @@ from octavo.nn import surgery
 from octavo.nn.experts import ExpertWatch
 from octavo.nn.fusion import Member, shared_amaxes
 from octavo.nn.quantizer import ActivationQuantizer, Mode, Quantizer, WeightQuantizer
+from octavo.nn.rotations import Rotations
 from octavo.nn.sites import Site, find_sites
 from octavo.nn.snapshot import TorchSnapshot, stored_parameter
 from octavo.nn.state import load_tensors, replace_extras, replace_scales, restore_layers, simulated_extras
+from octavo.nn.ties import tie_again
 from octavo.nn.walk import Walk
+from octavo.numerics.door import RotationFacts
 from octavo.numerics.snapshot import LayerSnapshot
 from octavo.numerics.store import Store
 from octavo.sources.feeding import feed
@@ -44,6 +48,7 @@ class TorchDoor:
         self._known: tuple[ModelFacts, dict[str, Site]] | None = None
         self._plan: Plan | None = None
         self._experts: ExpertWatch | None = None
+        self._rotations = Rotations(model)
 
     def _look(self) -> tuple[ModelFacts, dict[str, Site]]:
         if self._known is None:
@@ -55,6 +60,36 @@ class TorchDoor:
     def facts(self) -> ModelFacts:
         """See ``Door.facts``."""
         return self._look()[0]
+
+    def find_rotations(self, kinds: frozenset[str], *, may_untie: bool) -> RotationFacts:
+        """See ``Door.find_rotations``."""
+        run = None if self._sample is None else partial(self.run, self._sample)
+        with self.evaluating():
+            found = self._rotations.find(kinds, run, may_untie=may_untie)
+        self._known = None
+        return found
+
+    def tie_again(self) -> None:
+        """See ``Door.tie_again``."""
+        tie_again(self.model)
+        self._known = None
+
+    def rotate(self, block: int | str) -> tuple[str, ...]:
+        """See ``Door.rotate``."""
+        assert self._plan is not None, "prepared"
+        with self.evaluating(), self._nothing_rounded():
+            return self._rotations.apply(self._plan, block)
+
+    @contextmanager
+    def _nothing_rounded(self) -> Iterator[None]:
+        modes = {q: q.mode for q in surgery.quantizers(self.model)}
+        for quantizer in modes:
+            quantizer.mode = Mode.OFF
+        try:
+            yield
+        finally:
+            for quantizer, mode in modes.items():
+                quantizer.mode = mode
 
     def prepare(self, plan: Plan) -> None:
         """See ``Door.prepare``."""
@@ -170,6 +205,7 @@ class TorchDoor:
             fused=self._plan.fused_weights() if self._plan is not None else (),
             experts=self._experts,
             folds_only=folds_only,
+            turned=self._rotations.turned,
         )
 
     def _calls(self, batches: Iterable[Any]) -> Iterator[tuple[str, Any]]:
@@ -245,7 +281,7 @@ class TorchDoor:
     def strip(self) -> None:
         """See ``Door.strip``."""
         surgery.strip(self.model)
-        self._plan = self._experts = None
+        self._known = self._plan = self._experts = None
 
 
 def weight_quantizers(model: nn.Module) -> Iterator[tuple[WeightQuantizer, nn.Parameter]]:

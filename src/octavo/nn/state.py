@@ -16,6 +16,7 @@ from octavo.nn.originals import give_bias
 from octavo.nn.parametrized import make_plain_for_good, sources_of
 from octavo.nn.quantizer import ActivationQuantizer, Mode
 from octavo.nn.surgery import quantizers
+from octavo.nn.ties import names_of, untie
 from octavo.numerics.snapshot import LayerSnapshot
 from octavo.spec.select import quantizer_name
 
@@ -109,6 +110,8 @@ def load_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     Raises:
         UserError: names or shapes are not the model's.
     """
+    for first, names in names_of(model).items():
+        untie(model, [name for name in names[1:] if tensors.get(name) is not tensors.get(first)])
     for path, module in model.named_modules():
         if sources_of(module) and f"{path}.weight".strip(".") in tensors:
             make_plain_for_good(module)

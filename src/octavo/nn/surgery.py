@@ -23,6 +23,7 @@ from octavo.nn.parametrized import make_plain, restore, sources_of
 from octavo.nn.quantizer import ActivationQuantizer, Quantizer, SharedInput, WeightQuantizer, new_observer
 from octavo.nn.recurrent import refresh
 from octavo.nn.site import Site, joined
+from octavo.nn.ties import tie_again
 from octavo.spec.facts import Slot
 from octavo.spec.plan import Decision, Plan
 from octavo.spec.select import quantizer_name
@@ -200,6 +201,7 @@ def strip(model: nn.Module) -> None:
     require_way_back(model)
     take_out(model)
     give_back(model)
+    tie_again(model)
 
 
 def take_out(model: nn.Module) -> None:

@@ -65,6 +65,7 @@ class Walk:
         fused: Names of layers that engines join, group by group.
         experts: Counts the tokens of experts.
         folds_only: Layers whose input takes a scale only where it can be folded.
+        turned: Keys of weights whose inputs a rotation of weights has turned.
     """
 
     def __init__(
@@ -79,7 +80,9 @@ class Walk:
         fused: Sequence[Sequence[str]] = (),
         experts: ExpertWatch | None = None,
         folds_only: AbstractSet[str] = frozenset(),
+        turned: frozenset[str] = frozenset(),
     ) -> None:
+        self._turned = turned
         self.model = model
         self._folds_only = folds_only
         self._experts = experts
@@ -126,6 +129,7 @@ class Walk:
                     experts=self._experts,
                     known_links=self._links,
                     folds_only=self._folds_only,
+                    turned=self._turned,
                 )
             elif feed.has_successor:
                 self._pass_through(feed)

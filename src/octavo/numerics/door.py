@@ -123,6 +123,10 @@ class Block(Protocol):
         """Whether ``set_low_rank`` is possible: for linear layers that have no branch yet."""
         ...
 
+    def is_turned(self, layer: str) -> bool:
+        """Whether a rotation fused into weights turned what the layer reads."""
+        ...
+
     def groups(self) -> Sequence[InputGroup]:
         """Every layer of ``layers()``, in exactly one group."""
         ...
@@ -243,6 +247,19 @@ class Block(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class RotationFacts:
+    """What ``Door.find_rotations`` found.
+
+    Args:
+        notes: What will be rotated, and what cannot be and why.
+        untied: Names of parameters that are their own for it.
+    """
+
+    notes: tuple[str, ...] = ()
+    untied: tuple[str, ...] = ()
+
+
 class Walk(Protocol):
     """Blocks one after the other; how many is known beforehand."""
 
@@ -258,6 +275,33 @@ class Door(Protocol):
 
     def facts(self) -> ModelFacts:
         """Sites, parameters, multiply-adds. Nothing in the model changes."""
+        ...
+
+    def find_rotations(self, kinds: frozenset[str], *, may_untie: bool) -> RotationFacts:
+        """Look for what rotations could be fused into; before ``facts``.
+
+        Args:
+            kinds: ``residual``, ``heads``.
+            may_untie: Parameters that are one, and would have to be two, become two until ``tie_again`` or ``strip``.
+        """
+        ...
+
+    def tie_again(self) -> None:
+        """Undo what ``find_rotations`` untied."""
+        ...
+
+    def rotate(self, block: int | str) -> Sequence[str]:
+        """Fuse the rotations that were found into the weights of a prepared model, in full precision.
+
+        Args:
+            block: ``group``, ``whole`` or a size.
+
+        Returns:
+            What was left as it was, and why.
+
+        Raises:
+            UserError: the model computes something else afterwards.
+        """
         ...
 
     def prepare(self, plan: Plan) -> None:

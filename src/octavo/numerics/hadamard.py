@@ -80,6 +80,41 @@ def rotate(x: Tensor, block_size: int, *, inverse: bool = False) -> Tensor:
     return turned.reshape(x.shape).to(x.dtype)
 
 
+class Turn:
+    """An orthogonal matrix on every ``size`` neighbours of the last axis: random signs and a Hadamard matrix.
+
+    Signs keep a common offset of all channels from ending up in one (QuIP#, arXiv:2402.04396, section 3). With
+    ``keeps_mean`` it is ``H D H^T`` with a Hadamard matrix whose first column is constant and signs ``D`` that begin
+    with +1: it maps ``(1, 1, ...)`` to itself, so that it commutes with subtracting the mean.
+
+    Args:
+        size: Of the Hadamard matrix.
+        keeps_mean: See above.
+    """
+
+    def __init__(self, size: int, *, keeps_mean: bool = False) -> None:
+        generator = torch.Generator().manual_seed(size)
+        self.size = size
+        self.keeps_mean = keeps_mean
+        self._signs = torch.randint(0, 2, (size,), generator=generator).float() * 2 - 1
+        self._signs[0] = 1.0
+        self._first = rotate(torch.eye(size)[:1], size, inverse=True).sign().squeeze(0)  # of each row of the matrix
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``x`` turned, fp32.
+
+        Args:
+            x: ``(..., channels)``, a multiple of the size.
+        """
+        blocks = x.float().reshape(*x.shape[:-1], -1, self.size)
+        signs, first = self._signs.to(x.device), self._first.to(x.device)
+        if self.keeps_mean:
+            turned = rotate(rotate(blocks * first, self.size) * signs, self.size, inverse=True) * first
+        else:
+            turned = rotate(blocks * signs, self.size)
+        return turned.flatten(-2)
+
+
 def _sylvester(values: Tensor) -> Tensor:
     """The transform of the middle axis, whose length is a power of two; it is its own inverse."""
     count, length, inner = values.shape

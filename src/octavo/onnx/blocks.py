@@ -200,6 +200,10 @@ class GraphBlock:
         """See ``Block.takes_low_rank``: a graph gets no branches."""
         return False
 
+    def is_turned(self, layer: str) -> bool:
+        """See ``Block.is_turned``; a graph gets no rotations."""
+        return False
+
     def groups(self) -> Sequence[InputGroup]:
         """See ``Block.groups``."""
         by_tensor: dict[str, list[str]] = {}

@@ -17,7 +17,7 @@ from torch import Tensor
 from octavo.backends.saturation import is_simulated
 from octavo.errors import UserError
 from octavo.numerics.arrays import array_of
-from octavo.numerics.door import Walk
+from octavo.numerics.door import RotationFacts, Walk
 from octavo.numerics.observers import Observer
 from octavo.numerics.qtensor import QTensor
 from octavo.numerics.snapshot import LayerSnapshot
@@ -95,6 +95,17 @@ class OnnxDoor:
     def facts(self) -> ModelFacts:
         """See ``Door.facts``."""
         return self._look()[1]
+
+    def find_rotations(self, kinds: frozenset[str], *, may_untie: bool) -> RotationFacts:
+        """See ``Door.find_rotations``: a graph gets none."""
+        return RotationFacts(tuple(f"rotate: {kind}: weights of a graph are not rotated" for kind in sorted(kinds)))
+
+    def tie_again(self) -> None:
+        """See ``Door.tie_again``: nothing was untied."""
+
+    def rotate(self, block: int | str) -> tuple[str, ...]:
+        """See ``Door.rotate``: nothing was found."""
+        return ()
 
     def prepare(self, plan: Plan) -> None:
         """See ``Door.prepare``."""

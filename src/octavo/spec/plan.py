@@ -149,7 +149,8 @@ class Change:
 class Plan:
     """Every site with its decision, and the account of what is covered.
 
-    ``experts`` says how experts are calibrated; ``None`` where the model has none.
+    ``experts`` says how experts are calibrated; ``None`` where the model has none. ``untied`` names parameters that
+    were other names of one, and are their own now.
     """
 
     facts: ModelFacts
@@ -158,6 +159,7 @@ class Plan:
     target: str = ""
     warnings: tuple[str, ...] = ()
     experts: ExpertsPolicy | None = None
+    untied: tuple[str, ...] = ()
 
     @property
     def parameters_covered(self) -> float:
@@ -274,6 +276,8 @@ class Plan:
             "target": self.target,
             "warnings": list(self.warnings),
         }
+        if self.untied:
+            head["untied"] = list(self.untied)
         account = [row.to_dict() for row in self.coverage()]
         if self.experts is not None:
             head["calibration"] = self.experts.to_dict()
@@ -295,7 +299,8 @@ class Plan:
             facts = model_from_dict(data["model"], tuple(decision.site for decision in decisions))
             policy = data.get("calibration")
             experts = ExpertsPolicy.of(policy["experts"], policy["expert_tokens"]) if policy else None
-            return cls(facts, data["recipe"], decisions, data["target"], tuple(data["warnings"]), experts)
+            warnings, untied = tuple(data["warnings"]), tuple(data.get("untied", ()))
+            return cls(facts, data["recipe"], decisions, data["target"], warnings, experts, untied)
         except UserError:
             raise
         except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -26,6 +26,7 @@ from octavo.spec.select import parse_pattern
 
 Number = int | float
 Measure = Literal["plain", "importance", "gram"]
+Place = Literal["residual", "heads", "online"]
 
 
 class Options(BaseModel):
@@ -105,15 +106,23 @@ class Rotate(Options):
     """Spreads outliers of the input over blocks of channels by Hadamard rotations (arXiv:2404.00456, arXiv:2509.23202).
 
     ``block``: as wide as the weight's groups, the whole width, or a number of channels.
+    ``where``: ``residual`` and ``heads`` go into weights, where the model's data flow allows it, before all other steps
+    (R1 and R2 of arXiv:2405.16406); ``online`` rotates the inputs that are left at run time.
     """
 
     name: ClassVar[str] = "rotate"
     block: Annotated[int, Field(ge=2)] | Literal["group", "whole"] = "group"
+    where: Annotated[tuple[Place, ...], Field(min_length=1)] = ("online",)
+
+    @property
+    def fused(self) -> frozenset[str]:
+        """What is rotated in the weights."""
+        return frozenset(self.where) - {"online"}
 
     @property
     def leaves(self) -> str:
         """See ``Options.leaves``."""
-        return "rotation"
+        return "rotation" if "online" in self.where else ""
 
 
 class Equalize(Options):
@@ -206,7 +215,7 @@ class Step:
 
     def to_yaml_value(self) -> str | dict[str, Any]:
         """The shortest way to write it in a recipe."""
-        given = self.options.model_dump(exclude_defaults=True)
+        given = self.options.model_dump(mode="json", exclude_defaults=True)
         if not given and not self.select:
             return self.name
         select = {"select": self.select[0] if len(self.select) == 1 else list(self.select)} if self.select else {}
@@ -228,6 +237,24 @@ def make_step(name: str, options: Mapping[str, Any] | None = None, select: tuple
         return Step(cls(**(options or {})), select)
     except ValidationError as error:
         raise UserError(f"step {name}: {_explain(error, cls)}") from error
+
+
+def fused_rotation(steps: Sequence[Step]) -> Rotate | None:
+    """The step that rotates weights, ``None`` for none.
+
+    Raises:
+        UserError: there are two, or it is for some layers only.
+    """
+    found = [step for step in steps if isinstance(step.options, Rotate) and step.options.fused]
+    if len(found) > 1:
+        raise UserError("two steps rotate weights: give one of them, where: [residual, heads], and the other online")
+    if found and found[0].select:
+        raise UserError(
+            f"step {found[0]}: what is rotated in the weights goes through the whole model, and 'select' takes a "
+            "part of it: leave select out, or rotate online (where: [online])"
+        )
+    options = found[0].options if found else None
+    return options if isinstance(options, Rotate) else None
 
 
 def matcher(step: Step, sites: Sequence[SiteFacts]) -> frozenset[str]:
