@@ -173,7 +173,17 @@ def test_errors_of_candidate_scales_are_summed_in_the_same_order(backend: Backen
 
 
 @every_element
-def test_dynamic_simulation_is_numerics(element: str) -> None:
+@every_backend
+def test_dynamic_simulation_is_numerics(backend: Backend, element: str) -> None:
+    for dtype in DTYPES:
+        x = values(dtype).clamp(-1e3, 1e3).to(place(backend))
+        x[3, 3], x[4, 4] = torch.nan, torch.inf
+        for name, fmt in taken(backend, element, x):
+            assert_same(qtensor.fake_quantize(x, fmt, loops=backend), qtensor.fake_quantize(x, fmt), name)
+
+
+@every_element
+def test_the_operator_is_numerics(element: str) -> None:
     x = values(torch.float32).clamp(-1e3, 1e3)
     for name, fmt in FORMATS.items():
         if fmt.element.name == element:

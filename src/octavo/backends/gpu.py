@@ -22,8 +22,16 @@ from octavo.backends.calls import Blocks, blocks_of
 from octavo.backends.exact import first_difference, is_small
 from octavo.numerics import scaling
 from octavo.numerics.codec import thresholds
-from octavo.spec.element import CodebookFormat, ElementFormat, FloatFormat, IntFormat
-from octavo.spec.tensor_format import Granularity, PerFlatGroup, PerGroup, TensorFormat
+from octavo.spec.element import E8M0, CodebookFormat, ElementFormat, FloatFormat, IntFormat
+from octavo.spec.tensor_format import (
+    PLAIN_FP32,
+    Granularity,
+    PerFlatGroup,
+    PerGroup,
+    PerTensor,
+    ScaleRule,
+    TensorFormat,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -54,15 +62,26 @@ class GpuBackend:
 
     def amax(self, x: Tensor, granularity: Granularity) -> Tensor:
         """See ``Loops.amax``."""
-        size = granularity.size if isinstance(granularity, PerGroup | PerFlatGroup) else 0
-        row = x.numel() if isinstance(granularity, PerFlatGroup) else x.shape[-1]
-        if size < 8 or size > _WIDEST_PIECE or size & (size - 1) or row % size:
+        size = _group(x, granularity)
+        if not size:
             return scaling.amax(x, granularity)
         x = _readable(x)
         out = torch.empty(granularity.scale_shape(tuple(x.shape)), dtype=torch.float32, device=x.device)
-        grid = (math.ceil(x.numel() / _WIDEST_PIECE),)
         with _on(x.device):
-            _kernels().amax_of_groups[grid](x, out, x.numel(), SIZE=size, BLOCK=_WIDEST_PIECE, **_EXACT_LAUNCH)
+            _kernels().amax_of_groups[_grid(x)](x, out, x.numel(), SIZE=size, BLOCK=_WIDEST_PIECE, **_EXACT_LAUNCH)
+        return out
+
+    def scales(self, x: Tensor, fmt: TensorFormat, outer: Tensor | None) -> Tensor | None:
+        """See ``Loops.scales``: of groups in a row, where scales are powers of two, fp32, or small floats."""
+        size, numbers = _group(x, fmt.granularity), _scale_numbers(fmt)
+        if not size or not numbers or (numbers["IS_NESTED"] and (outer is None or outer.numel() != 1)):
+            return None
+        x = _readable(x)
+        out = torch.empty(fmt.granularity.scale_shape(tuple(x.shape)), dtype=torch.float32, device=x.device)
+        outer = out if outer is None else outer.to(x.device, torch.float32)
+        launch = {"SIZE": size, "BLOCK": _WIDEST_PIECE, **numbers, **_EXACT_LAUNCH}
+        with _on(x.device):
+            _kernels().scales_of_groups[_grid(x)](x, out, outer, x.numel(), **launch)
         return out
 
     def min_max(self, x: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:
@@ -119,6 +138,57 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 def _readable(x: Tensor) -> Tensor:
     return x.detach().resolve_neg().contiguous()
+
+
+def _group(x: Tensor, granularity: Granularity) -> int:
+    """Values of a group where groups lie side by side without a rest and fit a kernel; 0 elsewhere."""
+    match granularity:
+        case PerGroup(size):
+            row = x.shape[-1]
+        case PerFlatGroup(size):
+            row = x.numel()
+        case _:
+            return 0
+    return size if 8 <= size <= _WIDEST_PIECE and not size & (size - 1) and not row % size else 0
+
+
+def _grid(x: Tensor) -> tuple[int]:
+    return (math.ceil(x.numel() / _WIDEST_PIECE),)
+
+
+@lru_cache(maxsize=64)
+def _scale_numbers(fmt: TensorFormat) -> dict[str, Any]:
+    """What ``scales_of_groups`` must know of a format; nothing where its scales are of another kind."""
+    kernels, of = _kernels(), fmt.scale
+    rules = {
+        ScaleRule.AMAX: kernels.AMAX,
+        ScaleRule.POWER_FLOOR: kernels.POWER_FLOOR,
+        ScaleRule.POWER_CEIL: kernels.POWER_CEIL,
+    }
+    if of is None or fmt.zero_point is not None or fmt.scale_rule not in rules:
+        return {}
+    is_nested = of.scale == PLAIN_FP32 and of.granularity == PerTensor() and _is_plain_float(of)
+    is_power = of.is_plain and of.element == E8M0 and fmt.scale_rule is not ScaleRule.AMAX
+    if not (is_nested or is_power or of == PLAIN_FP32):
+        return {}
+    mantissa, exponent = math.frexp(fmt.top_value)
+    found: dict[str, Any] = {
+        "RULE": rules[fmt.scale_rule].value,
+        "TOP": float(fmt.top_value),
+        "TOP_EXPONENT": exponent - 1,
+        "TOP_MANTISSA": int((2 * mantissa - 1) * 2**23),
+        "MIN_SCALE": float(fmt.min_scale),
+        "EMPTY": 1.0 if of.is_plain else 0.0,
+        "IS_NESTED": is_nested,
+    }
+    names = ("LOW", "HIGH", "MIN_NORMAL", "FACTOR")
+    inner = _element(of.element, False) if is_nested else dict.fromkeys(names, 1.0)
+    smallest = of.element.min_subnormal if isinstance(of.element, FloatFormat) and is_nested else 0.0
+    return {**found, "SMALLEST": smallest, **{name: inner[name] for name in names}}
+
+
+def _is_plain_float(fmt: TensorFormat) -> bool:
+    return isinstance(fmt.element, FloatFormat) and is_small(fmt.element) and fmt.is_symmetric and fmt.offset is None
 
 
 def _round(x: Tensor, out: Tensor, fmt: TensorFormat, by: tuple[Tensor, Tensor | None]) -> Tensor:

@@ -53,6 +53,10 @@ class InPlaceBackend:
         """See ``Loops.min_max``."""
         return scaling.min_max(x, granularity)
 
+    def scales(self, x: Tensor, fmt: TensorFormat, outer: Tensor | None) -> Tensor | None:
+        """See ``Loops.scales``: its parts are fast enough here."""
+        return None
+
     def fake_quantize(self, x: Tensor, fmt: TensorFormat, scale: Tensor, zero_point: Tensor | None) -> Tensor:
         """See ``Loops.fake_quantize``."""
         blocks, _ = to_blocks(x.detach(), fmt.granularity)

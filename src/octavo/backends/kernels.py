@@ -10,6 +10,8 @@ import triton.language as tl
 
 INTEGERS, SHIFTED_INTEGERS, SMALL_FLOATS, CODEBOOK = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
+AMAX, POWER_FLOOR, POWER_CEIL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
 _MAGNITUDE = tl.constexpr(0x7FFFFFFF)
 _SIGN = tl.constexpr(-0x80000000)
 _EXPONENT = tl.constexpr(0x7F800000)
@@ -117,6 +119,48 @@ def round_rows(
         else:
             found = tl.where(y == y, tl.load(values + entry), y)
             tl.store(out + at, (found * scale).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _power(amax, TOP_EXPONENT, TOP_MANTISSA, IS_CEIL):
+    """2 to what the exponents of ``amax`` and of the largest value differ by, as IEEE 754 writes it."""
+    bits = amax.to(tl.int32, bitcast=True)
+    exponent = ((bits >> 23) & 0xFF) - 127 - TOP_EXPONENT
+    if IS_CEIL:
+        exponent += ((bits & 0x7FFFFF) > TOP_MANTISSA).to(tl.int32)
+    exponent = tl.minimum(tl.maximum(exponent, -127), 127)
+    return tl.where(exponent == -127, 0x00400000, (exponent + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def scales_of_groups(
+    x, out, outer, num_values, SIZE: tl.constexpr,
+    RULE: tl.constexpr, TOP: tl.constexpr, TOP_EXPONENT: tl.constexpr, TOP_MANTISSA: tl.constexpr,
+    SMALLEST: tl.constexpr, MIN_SCALE: tl.constexpr, EMPTY: tl.constexpr, IS_NESTED: tl.constexpr,
+    LOW: tl.constexpr, HIGH: tl.constexpr, MIN_NORMAL: tl.constexpr, FACTOR: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The scale that covers every ``SIZE`` neighbours, on the grid of its own format."""
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    at = first + tl.arange(0, BLOCK)
+    y = tl.load(x + at, mask=at < num_values, other=0.0).to(tl.float32)
+    magnitudes = tl.reshape(y.to(tl.int32, bitcast=True) & _MAGNITUDE, (BLOCK // SIZE, SIZE))
+    largest = tl.max(magnitudes, axis=1)
+    amax = largest.to(tl.float32, bitcast=True)
+    if RULE == AMAX:
+        scale = tl.div_rn(amax, tl.zeros_like(amax) + TOP)
+    else:
+        scale = _power(amax, TOP_EXPONENT, TOP_MANTISSA, RULE == POWER_CEIL)
+    scale = tl.where(scale < MIN_SCALE, MIN_SCALE, scale)
+    scale = tl.where((amax == 0.0) | (scale == 0.0), EMPTY, scale)
+    if IS_NESTED:
+        size = tl.load(outer)
+        least = tl.abs(size) * SMALLEST
+        scale = tl.where(scale < least, least, scale)
+        scale = tl.div_rn(scale, tl.zeros_like(scale) + tl.where(size == 0.0, 1.0, size))
+        scale = _small_float(scale, LOW, HIGH, MIN_NORMAL, FACTOR) * size
+    scale = tl.where(largest >= _EXPONENT, float("nan"), scale)
+    group = first // SIZE + tl.arange(0, BLOCK // SIZE)
+    tl.store(out + group, scale, mask=group < num_values // SIZE)
 
 
 @triton.jit

@@ -21,6 +21,19 @@ class Loops(Protocol):
         """See ``scaling.min_max``."""
         ...
 
+    def scales(self, x: Tensor, fmt: TensorFormat, outer: Tensor | None) -> Tensor | None:
+        """Scales of a symmetric format that cover ``x``, as ``qtensor.stored_scale`` gives them.
+
+        Args:
+            x: Any shape, floating point, not empty.
+            fmt: Scaled, without an offset.
+            outer: The scale of its scales where they have one and it is known.
+
+        Returns:
+            fp32 of the scale's shape; ``None`` where this is no faster.
+        """
+        ...
+
     def fake_quantize(self, x: Tensor, fmt: TensorFormat, scale: Tensor, zero_point: Tensor | None) -> Tensor:
         """Real values to real values on the grid.
 

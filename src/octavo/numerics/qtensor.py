@@ -278,6 +278,10 @@ def _found_scale(x: Tensor, fmt: TensorFormat, given: _Given, store: _Store) -> 
     if fmt.scale_rule is ScaleRule.FULL_RANGE:
         values, _ = scale_from_range(*given.min_max(x, fmt.granularity), fmt)
         return store(values, fmt.scale, outer_scale=outer)
+    if given.loops is not None and store is _fake_quantize_scale and x.numel():
+        found = given.loops.scales(x, fmt, outer)
+        if found is not None:
+            return found
     amaxes = given.amax(x, fmt.granularity)
     if outer is None and fmt.is_nested and _is_chained(fmt.scale):
         outer = _found_outer(amaxes, fmt)
