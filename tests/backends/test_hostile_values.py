@@ -6,21 +6,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from octavo.backends.simulate import BACKENDS, range_of
+from contracts.places import BITS, DTYPES, every_backend, place
+from octavo.backends.simulate import range_of
 from octavo.numerics import qtensor
 from octavo.spec.element import FP32
 from octavo.spec.formats import FORMATS, NVFP4
 from octavo.spec.tensor_format import PLAIN_FP32, PerTensor, TensorFormat
 
-BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 SHAPE = (6, 256)
 HUGE = (3e38, -3e38, torch.inf, -torch.inf, torch.nan, 1e-45, -1e-45, -0.0)
 PER_TENSOR = [name for name, fmt in FORMATS.items() if isinstance(fmt.granularity, PerTensor)]
 
-pytestmark = pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+pytestmark = every_backend
 
 
-def boundaries(dtype: torch.dtype) -> Tensor:
+def boundaries(dtype: torch.dtype, device: str) -> Tensor:
     """Both sides of every rounding boundary of small integers, many magnitudes, huge values, and zeros."""
     dice = torch.Generator().manual_seed(7)
     x = torch.randn(SHAPE, generator=dice) * torch.exp2(torch.randint(-20, 12, SHAPE, generator=dice).float())
@@ -30,7 +30,7 @@ def boundaries(dtype: torch.dtype) -> Tensor:
     x[3] = torch.nextafter(halves, torch.full_like(halves, -torch.inf))
     x[4, : len(HUGE)] = torch.tensor(HUGE)
     x[5] = 0
-    return x.to(dtype)
+    return x.to(device, dtype)
 
 
 def assert_same_bits(backend, x: Tensor, fmt: TensorFormat, scale: Tensor, zero_point: Tensor | None) -> None:
@@ -41,24 +41,24 @@ def assert_same_bits(backend, x: Tensor, fmt: TensorFormat, scale: Tensor, zero_
     assert same.all(), f"{x[~same][:5].tolist()}: {ours[~same][:5].tolist()}, not {reference[~same][:5].tolist()}"
 
 
-@pytest.mark.parametrize("dtype", BITS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", PER_TENSOR)
 def test_any_scale_and_zero_point_give_the_bits_of_numerics(backend, name: str, dtype: torch.dtype) -> None:
     """A scale of 0 (a damaged file) makes zeros, not NaN."""
-    x, fmt = boundaries(dtype), FORMATS[name]
+    x, fmt = boundaries(dtype, place(backend)), FORMATS[name]
     element = fmt.zero_point
     for scale in (1.0, 1 / 3, 1e-3, 1e-30, 1e30, 2.0**-126, 2.0**-140, 0.0):
         for point in [None] if element is None else [element.min_code, -1, 0, 1, element.max_code]:
-            zero_point = None if point is None else torch.tensor(point, dtype=torch.int32)
-            assert_same_bits(backend, x, fmt, torch.tensor(scale), zero_point)
+            zero_point = None if point is None else torch.tensor(point, dtype=torch.int32, device=x.device)
+            assert_same_bits(backend, x, fmt, torch.tensor(scale, device=x.device), zero_point)
 
 
-@pytest.mark.parametrize("dtype", BITS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "name", ["int4-group32", "int8-channel-asymmetric", "int8-token", "e4m3-channel", "e5m2-token"]
 )
 def test_infinities_saturate_and_a_nan_stays_where_it_is(backend, name: str, dtype: torch.dtype) -> None:
-    x, fmt = boundaries(dtype), FORMATS[name]
+    x, fmt = boundaries(dtype, place(backend)), FORMATS[name]
     scale, zero_point = range_of(x.masked_fill(~x.isfinite(), 0).clamp(-1e3, 1e3), fmt)
     assert_same_bits(backend, x, fmt, scale, zero_point)
     found = backend.fake_quantize(x, fmt, scale, zero_point)
@@ -67,13 +67,16 @@ def test_infinities_saturate_and_a_nan_stays_where_it_is(backend, name: str, dty
 
 @pytest.mark.parametrize("name", ["int8-tensor", "e4m3-tensor", "int4-group32", "int8-channel-asymmetric"])
 def test_views_and_strides_do_not_matter(backend, name: str) -> None:
-    x, fmt = boundaries(torch.float32).nan_to_num(0, 1e3, -1e3).clamp(-1e3, 1e3), FORMATS[name]
+    x, fmt = boundaries(torch.float32, place(backend)).nan_to_num(0, 1e3, -1e3).clamp(-1e3, 1e3), FORMATS[name]
     for view in (x.t().contiguous().t(), x[::2], x.expand(2, *SHAPE), x[:, :128]):
         assert_same_bits(backend, view, fmt, *range_of(view, fmt))
 
 
 def test_torch_s_defaults_do_not_matter(backend) -> None:
-    x, fmt = boundaries(torch.float32).nan_to_num(0, 1e3, -1e3).clamp(-1e3, 1e3), FORMATS["int8-token-asymmetric"]
+    x, fmt = (
+        boundaries(torch.float32, place(backend)).nan_to_num(0, 1e3, -1e3).clamp(-1e3, 1e3),
+        FORMATS["int8-token-asymmetric"],
+    )
     ranges, codes = backend.min_max(x, fmt.granularity), backend.codes(x, fmt, *range_of(x, fmt))
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -87,7 +90,7 @@ def test_torch_s_defaults_do_not_matter(backend) -> None:
 
 
 def test_more_values_than_one_part_are_all_rounded(backend) -> None:
-    x = torch.randn(3, 100_001, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(3, 100_001, generator=torch.Generator().manual_seed(1)).to(place(backend))
     for name in ("int8-tensor", "e4m3-tensor", "int8-tensor-asymmetric"):
         assert_same_bits(backend, x, FORMATS[name], *range_of(x, FORMATS[name]))
 

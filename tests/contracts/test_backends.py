@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
+from contracts.places import BITS, DTYPES, every_backend, place
 from octavo.backends.base import Backend
 from octavo.backends.codes import pack
-from octavo.backends.gpu import GpuBackend
 from octavo.backends.native import LIBRARY
-from octavo.backends.simulate import BACKENDS, fake_quantize, format_key, range_of
+from octavo.backends.simulate import fake_quantize, format_key, range_of
 from octavo.numerics import packing, qtensor, scaling
 from octavo.numerics.codec import decode
 from octavo.spec.element import FloatFormat
@@ -38,14 +37,7 @@ GRANULARITIES: list[Granularity] = [
     PerFlatGroup(64), PerFlatGroup(5), PerTile(4, 8), PerTile(5, 300),
 ]  # fmt: skip
 SHAPES = [(16, 256), (3, 5, 100), (1, 1)]
-BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 ELEMENTS = sorted({fmt.element.name for fmt in FORMATS.values()})
-DTYPES = list(BITS)
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels, on a CPU, by its interpreter
-TESTED = [GpuBackend("cpu")] if IS_INTERPRETED else list(BACKENDS)
-if IS_INTERPRETED:
-    DTYPES.remove(torch.bfloat16)  # the interpreter cuts it off instead of rounding
-every_backend = pytest.mark.parametrize("backend", TESTED, ids=lambda backend: backend.name)
 every_element = pytest.mark.parametrize("element", ELEMENTS)
 
 
@@ -61,14 +53,6 @@ def values(dtype: torch.dtype) -> Tensor:
     x[0] = 0
     x[1, :8] = torch.tensor([1e-30, -1e-30, -0.0, 1e30, -3e-9, 6e4, -6e4, 1e-41])
     return x.to(dtype)
-
-
-def place(backend: Backend) -> str:
-    """Where a backend works."""
-    is_for_gpus = isinstance(backend, GpuBackend) and backend.device_type == "cuda"
-    if is_for_gpus and not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
-    return "cuda" if is_for_gpus else "cpu"
 
 
 def taken(backend: Backend, element: str, x: Tensor) -> Iterator[tuple[str, TensorFormat]]:

@@ -245,5 +245,8 @@ def _element(element: ElementFormat, has_zero: bool) -> dict[str, Any]:
 def _tables(element: ElementFormat, device: torch.device) -> tuple[Tensor, Tensor]:
     """Entries of a codebook, and what lies between them; of other formats something that is not read."""
     if not isinstance(element, CodebookFormat):
-        return (torch.zeros(1, device=device),) * 2
-    return torch.tensor(element.values, device=device), torch.tensor(thresholds(element), device=device)
+        return (torch.zeros(1, dtype=torch.float32, device=device),) * 2
+    values, limits = (
+        torch.tensor(v, dtype=torch.float32, device=device) for v in (element.values, thresholds(element))
+    )
+    return values, limits
