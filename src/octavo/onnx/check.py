@@ -251,7 +251,9 @@ def _evaluate(model: ir.Model, node: ir.Node) -> Array:
     def known(value: ir.Value | None) -> ir.Value | None:
         if value is None or value in copies:
             return None if value is None else copies[value]
-        twin = ir.Value(name=value.name, shape=value.shape, type=value.type, const_value=value.const_value)
+        assert value.const_value is not None
+        data = ir.Tensor(value.const_value.numpy(), dtype=value.const_value.dtype, name=value.name)
+        twin = ir.Value(name=value.name, shape=value.shape, type=value.type, const_value=data)
         graph.register_initializer(twin)
         copies[value] = twin
         return twin

@@ -16,6 +16,7 @@ from onnxscript.rewriter.rules.common import (
 
 import onnx
 from octavo.errors import UserError
+from octavo.onnx.skeleton import give_weights, without_weights
 from octavo.onnx.storage import BASE_OPSET
 
 _log = logging.getLogger(__name__)
@@ -36,6 +37,10 @@ def open_graph(path: Path) -> ir.Model:
         raise UserError(
             f"{path} is not an ONNX file: {str(error).splitlines()[0] if str(error) else error!r}"
         ) from error
+    try:
+        _map_weights(model)
+    except OSError as error:
+        raise UserError(f"{path} has its weights in another file, which cannot be read: {error}") from error
     model = _raised(model, path)
     common.LiftConstantsToInitializersPass(lift_all_constants=False)(model)
     if any(node.op_type == "BatchNormalization" for node in model.graph):
@@ -47,17 +52,29 @@ def open_graph(path: Path) -> ir.Model:
     return model
 
 
+def _map_weights(model: ir.Model) -> None:
+    """Weights in a file beside the graph become arrays that are read where they are used, wherever the graph goes."""
+    for graph in (model.graph, *model.graph.subgraphs()):
+        for name, value in graph.initializers.items():
+            data = value.const_value
+            if isinstance(data, ir.ExternalTensor):
+                value.const_value = ir.Tensor(data.numpy(), dtype=data.dtype, name=name)
+
+
 def _raised(model: ir.Model, path: Path) -> ir.Model:
     """The graph in the operator set that has INT4 and blocks; as it is where it cannot be converted."""
     opset = model.opset_imports.get("", BASE_OPSET)
     if opset >= BASE_OPSET:
         return model
+    bare, weights = without_weights(model)  # the converter takes no more than a protobuf holds
     try:
-        proto = onnx.version_converter.convert_version(ir.to_proto(model), BASE_OPSET)
-    except Exception as error:  # what the converter does not know, or more than a protobuf holds
+        proto = onnx.version_converter.convert_version(ir.to_proto(bare), BASE_OPSET)
+    except Exception as error:  # what the converter does not know
         _log.warning("%s stays at operator set %d: %s", path.name, opset, str(error).splitlines()[0])
         return model
-    return ir.from_proto(proto)
+    raised = ir.from_proto(proto)
+    give_weights(raised, weights)
+    return raised
 
 
 def _name_nodes(graph: ir.Graph) -> None:

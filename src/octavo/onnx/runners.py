@@ -77,7 +77,7 @@ def _in_types_of(
 
 
 def with_outputs(path: Path, names: Sequence[str]) -> onnx.ModelProto:
-    """The graph ``path`` with values inside as outputs, too."""
+    """The graph ``path`` with values inside as outputs, too; weights that lie beside it stay there."""
     model = ir.load(path)
     values = {value.name: value for node in model.graph for value in node.outputs}
     for name in names:
@@ -93,6 +93,7 @@ def _onnxruntime(path: Path, model: onnx.ModelProto | None, optimized: bool) -> 
     options.log_severity_level = 3
     if not optimized:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     source = str(path) if model is None else model.SerializeToString()
     session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     how = "CPU" if optimized else "CPU, node by node"
@@ -103,7 +104,7 @@ def _openvino(path: Path, model: onnx.ModelProto | None, optimized: bool) -> Run
     import openvino
 
     core = openvino.Core()
-    read = core.read_model(str(path)) if model is None else core.read_model(model.SerializeToString())
+    read = core.read_model(str(path) if model is None else _whole(model, path).SerializeToString())
     compiled = core.compile_model(read, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
 
     def run(inputs: Arrays) -> list[np.ndarray[Any, Any]]:
@@ -116,13 +117,19 @@ def _openvino(path: Path, model: onnx.ModelProto | None, optimized: bool) -> Run
 def _reference(path: Path, model: onnx.ModelProto | None, optimized: bool) -> Runner:
     from onnx.reference import ReferenceEvaluator
 
-    evaluator = ReferenceEvaluator(onnx.load(path) if model is None else model)
+    evaluator = ReferenceEvaluator(onnx.load(path) if model is None else _whole(model, path))
 
     def run(inputs: Arrays) -> list[np.ndarray[Any, Any]]:
         results = evaluator.run(None, dict(inputs))
         return list(results.values()) if isinstance(results, dict) else results
 
     return Runner(f"onnx {onnx.__version__} reference evaluator", run)
+
+
+def _whole(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
+    """``model``, which is that of ``path``, with the weights that lie beside it."""
+    onnx.load_external_data_for_model(model, str(path.parent))
+    return model
 
 
 def _first_line(error: Exception) -> str:

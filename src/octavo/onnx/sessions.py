@@ -8,14 +8,13 @@ from typing import Any
 
 import onnx_ir as ir
 
-from octavo.onnx.write import MAX_INLINE_BYTES
+from octavo.onnx.write import fits_inline
 from octavo.sources.graphs import open_session
 
 
 def session_of(model: ir.Model) -> Any:
     """A session of ``model``, which is handed over in memory, or through a file where a protobuf cannot hold it."""
-    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-    if size <= MAX_INLINE_BYTES:
+    if fits_inline(model):
         return open_session(ir.to_proto(model).SerializeToString())
     with tempfile.TemporaryDirectory(prefix="octavo-graph-") as place:
         ir.save(model, Path(place, "graph.onnx"), external_data="weights")

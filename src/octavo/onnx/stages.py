@@ -121,6 +121,8 @@ def _rounds(inputs: Mapping[str, Tensor]) -> Iterable[int]:
 
 def can_cache(loaded: LoadedModel, sample: Any) -> bool:
     """Whether a decoder among the parts can take the keys and values of earlier tokens; if not, the log says why."""
+    if isinstance(loaded.model, GraphModule):
+        return False
     inputs = _named(loaded.model.eval(), sample)
     if _is_encoder_decoder(loaded, inputs):
         why, name = crossed.why_without(loaded.model, inputs), "decoder_model.onnx"

@@ -90,8 +90,13 @@ def _graphs(
 
 def save(model: ir.Model, path: Path) -> None:
     """Write a graph, its weights beside it where a protobuf cannot hold them."""
+    ir.save(model, path, external_data=None if fits_inline(model) else f"{path.name}.data")
+
+
+def fits_inline(model: ir.Model) -> bool:
+    """Whether a protobuf holds the graph with its weights."""
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
-    ir.save(model, path, external_data=f"{path.name}.data" if size > MAX_INLINE_BYTES else None)
+    return size <= MAX_INLINE_BYTES
 
 
 def external_file(graph: Path) -> Path | None:

@@ -57,7 +57,7 @@ def _read(path: Path, prefix: str) -> GraphFile:
     except ModuleNotFoundError as error:
         raise MissingExtra("onnx", "onnx", "reading ONNX files") from error
     try:
-        model = onnx.load(path)
+        model = onnx.load(path, load_external_data=False)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from error
     except Exception as error:  # protobuf raises types of its own
@@ -68,7 +68,23 @@ def _read(path: Path, prefix: str) -> GraphFile:
     opsets = ", ".join(f"{entry.domain or 'ai.onnx'} {entry.version}" for entry in model.opset_import)
     facts = {"operators": opsets, "producer": f"{model.producer_name} {model.producer_version}".strip()}
     facts |= {entry.key.removeprefix("octavo."): entry.value for entry in model.metadata_props if entry.value}
+    try:
+        _load_scales(model.graph, stored, path.parent)
+    except (OSError, onnx.checker.ValidationError) as error:
+        raise UserError(f"{path} has its weights in another file, which cannot be read: {error}") from error
     return GraphFile(facts, tuple(_entries(model.graph, stored, prefix)))
+
+
+def _load_scales(graph: Any, stored: Mapping[str, Any], directory: Path) -> None:
+    """Of weights that lie beside the graph only the scales are looked at."""
+    from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
+
+    for node in graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and node.input[1] in stored:
+            scale = stored[node.input[1]]
+            if uses_external_data(scale):
+                load_external_data_for_tensor(scale, str(directory))
+                scale.data_location = type(scale).DEFAULT
 
 
 def _entries(graph: Any, stored: Mapping[str, Any], prefix: str) -> Iterator[GraphEntry]:
