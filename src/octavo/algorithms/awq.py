@@ -41,9 +41,9 @@ class AwqAlgorithm:
         for group in block.groups():
             wanted = [layer for layer in group.layers if layer in layers]
             reason = _why_not(block, group, layers) if wanted else ""
-            if reason:
+            if reason and not self._is_clipped(block, group):
                 left |= dict.fromkeys(wanted, reason)
-            elif wanted:
+            elif wanted and not reason:
                 block.set_pre_scale(group, _searched_scale(block, group, self.options.points))
         if self.options.clip:
             for layer in (layer for layer in layers if layer not in left):
@@ -51,6 +51,10 @@ class AwqAlgorithm:
                 fmt = block.weight_spec(layer).format
                 block.fix_weight(layer, quantize(block.read_weight(layer), fmt, scale=scale, zero_point=zero_point))
         return left
+
+    def _is_clipped(self, block: Block, group: InputGroup) -> bool:
+        """What cannot be scaled (experts in one tensor, weights of functional calls) is clipped all the same."""
+        return self.options.clip and not group.takes_scale and not why_not_searched(block, group.layers[0], "gram")
 
 
 def _why_not(block: Block, group: InputGroup, layers: Sequence[str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from octavo.calibrate.checkpoint import Checkpoint, Keeping
 from octavo.errors import UserError
 from octavo.numerics.block_state import BlockState
 from octavo.numerics.digest import Digest
-from octavo.numerics.door import Block, Door
+from octavo.numerics.door import Block, Door, site_of
 from octavo.numerics.statistics import Need
 from octavo.numerics.store import Store
 from octavo.numerics.tensor_error import relative_error
@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 Steps = Sequence[tuple[Step, Algorithm]]
 _Chosen = tuple[Step, Algorithm, frozenset[str]]
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
+_MOST_NUMBERS = 8
 _COARSE = 5e-2  # of fp16 and bf16: a weight is rounded every time it is written
 
 
@@ -191,13 +192,14 @@ def _recalled(block: Block, number: int, kept: Checkpoint, told: _Told) -> _Done
 
 def _run_steps(block: Block, steps: Sequence[_Chosen], told: _Told) -> tuple[list[StepRecord], float | None, list[str]]:
     """Every step on its layers of a block; what each left of the error, the error before the first, and notes."""
-    work = [(step, algorithm, [x for x in block.layers() if x in chosen]) for step, algorithm, chosen in steps]
+    work = [(s, algorithm, [x for x in block.layers() if site_of(x) in chosen]) for s, algorithm, chosen in steps]
     work = [(step, algorithm, layers) for step, algorithm, layers in work if layers]
     if not work:
         return [], None, []
     full = block.probe()
     plain = _error_so_far(block, full)
-    rows, notes = [], []
+    rows: list[StepRecord] = []
+    notes = _of_assumptions(block)
     for step, algorithm, layers in work:
         told.at(block.name, step.name)
         clock = Clock()
@@ -219,7 +221,32 @@ def _run_step(block: Block, step: Step, algorithm: Algorithm, layers: Sequence[s
     left = algorithm.apply(block, layers)
     if algorithm.preserves_function:
         _check_preserved(block, step, layers, before, block.probe())
-    return [f"layer '{layer}': step '{step.name}' left it alone: {why}" for layer, why in left.items()]
+    return [f"layer {where}: step '{step.name}' left it alone: {why}" for where, why in _places(block, left)]
+
+
+def _places(block: Block, reasons: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Where and why; matrices of one stack together."""
+    together: dict[tuple[str, str], list[str]] = {}
+    for layer, why in reasons.items():
+        together.setdefault((site_of(layer), why), []).append(layer)
+    for (site, why), layers in together.items():
+        if site in layers:
+            yield f"'{site}'", why
+        else:
+            total = sum(site_of(layer) == site for layer in block.layers())
+            numbers = ", ".join(layer[len(site) + 1 : -1] for layer in layers[:_MOST_NUMBERS])
+            more = ", ..." if len(layers) > _MOST_NUMBERS else ""
+            which = "" if len(layers) == total else f", {len(layers)} of {total} matrices ({numbers}{more})"
+            yield f"'{site}'{which}", why
+
+
+def _of_assumptions(block: Block) -> list[str]:
+    """Experts that no token was sent to."""
+    unseen = {layer: "" for layer in block.layers() if block.statistics(layer).is_assumed}
+    return [
+        f"layer {where}: no token of the calibration data was sent there; steps go by the weight's own error"
+        for where, _ in _places(block, unseen)
+    ]
 
 
 def _check_preserved(

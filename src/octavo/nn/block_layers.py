@@ -10,12 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from octavo.backends.simulate import loops_for
 from octavo.nn.extras import INPUT_TRANSFORM, LOW_RANK, InputTransform
 from octavo.nn.layers import has_own_forward, layer_kind
 from octavo.nn.originals import give_bias
 from octavo.nn.quantizer import ActivationQuantizer, Quantizer, WeightQuantizer
 from octavo.nn.snapshot import stored_parameter
+from octavo.numerics.qtensor import QTensor, fake_quantize
 from octavo.spec.facts import Slot
+from octavo.spec.plan import QuantizerSpec
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -76,6 +79,30 @@ class BlockLayer:
         """What is done to its input."""
         found = self.holder._modules.get(INPUT_TRANSFORM)
         return found if isinstance(found, InputTransform) else None
+
+    @property
+    def spec(self) -> QuantizerSpec:
+        """What the plan gives its weight."""
+        return self.quantizer.spec
+
+    @property
+    def is_fixed(self) -> bool:
+        """An algorithm has rounded its weight."""
+        return self.quantizer.is_fixed
+
+    @property
+    def fixed_outer(self) -> Tensor | None:
+        """The scale of its scales, where it is fixed and has one."""
+        return self.quantizer.fixed_outer
+
+    def fix(self, value: QTensor) -> None:
+        """Its weight from now on."""
+        self.quantizer.fix(self.parameter, value)
+
+    def rounded(self) -> Tensor:
+        """The matrix as it will be, as far as that is known: fixed, or rounded to nearest by its largest value."""
+        fmt = self.spec.format
+        return self.matrix if self.is_fixed else fake_quantize(self.matrix, fmt, loops=loops_for(self.matrix, fmt))
 
     @property
     def is_linear(self) -> bool:

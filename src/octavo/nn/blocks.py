@@ -12,22 +12,24 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from octavo.backends.simulate import loops_for
 from octavo.errors import UserError
 from octavo.nn.block_layers import BlockLayer, block_layers
 from octavo.nn.block_state import bring_back, state_of, versions
 from octavo.nn.calls import KeptTree, Tree, floating
+from octavo.nn.ears import Ears
 from octavo.nn.experts import ExpertWatch
 from octavo.nn.extras import INPUT_TRANSFORM, LOW_RANK, InputTransform, Listener, LowRank
 from octavo.nn.flow import Link, LinkFinder, Producer, Trial, divide_columns
 from octavo.nn.fusion import Member, fixed_outers, shared_amaxes
+from octavo.nn.hearing import Hearing
 from octavo.nn.quantizer import ActivationQuantizer, Mode, Quantizer, new_observer
+from octavo.nn.stacks import Stack, StackedMatrix, takes_apart
 from octavo.numerics.block_state import BlockState
-from octavo.numerics.door import Fold, InputGroup
+from octavo.numerics.door import Fold, InputGroup, matrix_name, site_of
 from octavo.numerics.hadamard import rotate
-from octavo.numerics.observers import AbsMaxObserver, NotFiniteError
-from octavo.numerics.qtensor import QTensor, fake_quantize
-from octavo.numerics.statistics import Gatherer, InputStatistics, Need
+from octavo.numerics.observers import AbsMaxObserver
+from octavo.numerics.qtensor import QTensor
+from octavo.numerics.statistics import InputStatistics, Need
 from octavo.numerics.store import Store
 from octavo.numerics.tensor_error import relative_error
 from octavo.spec.plan import QuantizerSpec
@@ -102,6 +104,8 @@ class TorchBlock:
         self._prefix = "" if root is model else f"{name}."
         self._quantizers = list(quantizers)
         self._layers = block_layers(model, self._quantizers)
+        self._stacks = {name: Stack(layer) for name, layer in self._layers.items() if takes_apart(layer)}
+        self._parts = _taken_apart(self._layers, self._stacks)
         self._store = store
         self._is_quantized = is_quantized
         self._keeps_full = keeps_full
@@ -123,20 +127,20 @@ class TorchBlock:
 
     def layers(self) -> Sequence[str]:
         """See ``Block.layers``."""
-        return [*self._leader, *(name for name in self._layers if name not in self._leader)]
+        return [*self._leader, *(name for name in self._parts if name not in self._leader)]
 
     def read_weight(self, layer: str) -> Tensor:
         """See ``Block.read_weight``."""
-        return self._layers[layer].matrix
+        return self._parts[layer].matrix
 
     def read_bias(self, layer: str) -> Tensor | None:
         """See ``Block.read_bias``."""
-        bias = self._layers[layer].bias
+        bias = self._parts[layer].bias
         return None if bias is None else bias.detach()
 
     def takes_bias(self, layer: str) -> bool:
         """See ``Block.takes_bias``."""
-        return self._layers[layer].takes_bias
+        return self._parts[layer].takes_bias
 
     def add_bias(self, layer: str, value: Tensor) -> None:
         """See ``Block.add_bias``."""
@@ -144,20 +148,26 @@ class TorchBlock:
 
     def weight_spec(self, layer: str) -> QuantizerSpec:
         """See ``Block.weight_spec``."""
-        return self._layers[layer].quantizer.spec
+        return self._parts[layer].spec
 
     def input_spec(self, layer: str) -> QuantizerSpec | None:
         """See ``Block.input_spec``."""
-        quantizer = self._layers[layer].input_quantizer
+        quantizer = self._parts[layer].input_quantizer
         return None if quantizer is None else quantizer.spec
 
     def takes_low_rank(self, layer: str) -> bool:
         """See ``Block.takes_low_rank``."""
-        return self._layers[layer].takes_low_rank
+        return self._parts[layer].takes_low_rank
 
     def statistics(self, layer: str) -> InputStatistics:
         """See ``Block.statistics``."""
-        return self._statistics.get(self._leader.get(layer, layer), InputStatistics(0))
+        known = self._statistics.get(self._leader.get(layer, layer))
+        if known is not None and known.count:
+            return known
+        stack = self._stacks.get(site_of(layer))
+        if stack is None or not any(matrix.name in self._leader for matrix in stack.matrices):
+            return InputStatistics(0)
+        return InputStatistics.white(self._parts[layer].matrix.shape[-1], stack.layer.parameter.device)
 
     def is_turned(self, layer: str) -> bool:
         """See ``Block.is_turned``."""
@@ -174,12 +184,16 @@ class TorchBlock:
         return self._groups
 
     def _group(self, leader: str, names: tuple[str, ...]) -> InputGroup:
-        layer = self._layers[leader]
+        layer = self._layers.get(leader)
+        takes_scale = all(self._parts[name].takes_scale for name in names)
+        if layer is None or not takes_scale:
+            return InputGroup(
+                names, self._channels.get(leader, self._parts[leader].matrix.shape[-1]), takes_scale=False
+            )
         channels = self._channels.get(leader, layer.quantizer.view.matrix_shape[-1])
         link = self._links.get(leader)
         fold = None if link is None else Fold(self._name_of(link.producer), link.sources)
-        takes_scale = all(self._layers[name].takes_scale for name in names)
-        takes_scale = takes_scale and (fold is not None or not self._folds_only & set(names))
+        takes_scale = fold is not None or not self._folds_only & set(names)
         return InputGroup(names, channels, fold, layer.columns(channels), takes_scale)
 
     def _name_of(self, producer: Producer) -> str:
@@ -192,7 +206,7 @@ class TorchBlock:
     def write_weight(self, layer: str, value: Tensor) -> None:
         """See ``Block.write_weight``."""
         self._refuse_fixed((layer,), "written to")
-        self._layers[layer].write(value)
+        self._parts[layer].write(value)
 
     @torch.no_grad()
     def write_bias(self, layer: str, value: Tensor) -> None:
@@ -204,17 +218,20 @@ class TorchBlock:
     @torch.no_grad()
     def fix_weight(self, layer: str, value: QTensor) -> None:
         """See ``Block.fix_weight``."""
-        found = self._layers[layer]
+        found = self._parts[layer]
         if Need.UNROUNDED in self._needs:
             self._unrounded[layer] = found.matrix.clone()
-        found.quantizer.fix(found.parameter, value)
+        found.fix(value)
 
     @torch.no_grad()
     def rounding_error(self, layer: str) -> Tensor:
         """See ``Block.rounding_error``."""
+        part = self._parts[layer]
+        if part.is_fixed:
+            return part.matrix.float() - self._unrounded[layer].float()
+        if isinstance(part, StackedMatrix):
+            return part.nearest().dequantize() - part.matrix.float()
         found = self._layers[layer]
-        if found.quantizer.is_fixed:
-            return found.matrix.float() - self._unrounded[layer].float()
         before = found.quantizer.mode
         self._find_ranges([layer])
         rounded = found.quantizer.view.to_matrix(found.quantizer(found.parameter.detach()))
@@ -223,7 +240,7 @@ class TorchBlock:
 
     def fixed_outer(self, layer: str) -> Tensor | None:
         """See ``Block.fixed_outer``."""
-        return self._layers[layer].quantizer.fixed_outer
+        return self._parts[layer].fixed_outer
 
     @torch.no_grad()
     def set_pre_scale(self, group: InputGroup, scale: Tensor) -> None:
@@ -290,7 +307,7 @@ class TorchBlock:
 
     def _refuse_fixed(self, names: Iterable[str], what: str) -> None:
         for name in names:
-            if self._layers[name].quantizer.is_fixed:
+            if self._parts[name].is_fixed:
                 raise UserError(
                     f"layer '{name}': its weight is rounded already and cannot be {what} any more; "
                     "steps that scale, rotate or change weights come before those that round them"
@@ -312,15 +329,20 @@ class TorchBlock:
 
     def run(self, inputs: int, weights: Mapping[str, Tensor] | None = None) -> Sequence[Tensor]:
         """See ``Block.run``."""
-        given = weights or {}
-        for name, weight in given.items():
-            layer = self._layers[name]
-            layer.quantizer.override = layer.quantizer.view.to_parameter(weight)
+        given = {name: layer.matrix for name, layer in self._parts.items()} if weights else {}
+        sites = {site_of(name) for name in weights or {}}
+        for site in sites:
+            layer, stack = self._layers[site], self._stacks.get(site)
+            names = [site] if stack is None else [matrix.name for matrix in stack.matrices]
+            parts = [(weights or {}).get(name, given[name]) for name in names]
+            layer.quantizer.override = layer.quantizer.view.to_parameter(
+                parts[0] if stack is None else torch.stack([part.to(layer.parameter.dtype) for part in parts])
+            )
         try:
             return floating(self.feed.run(inputs).leaves)
         finally:
-            for name in given:
-                self._layers[name].quantizer.override = None
+            for site in sites:
+                self._layers[site].quantizer.override = None
 
     def probe(self) -> Sequence[Tensor]:
         """See ``Block.probe``."""
@@ -334,11 +356,11 @@ class TorchBlock:
         """See ``Block.probe_rounded``."""
         if not self.feed.num_batches:
             return ()
-        tried = [layer for layer in self._layers.values() if not layer.quantizer.is_fixed]
+        tried = [layer for layer in self._layers.values() if not layer.is_fixed]
         for layer in tried:
-            quantizer, fmt = layer.quantizer, layer.quantizer.spec.format
-            rounded = fake_quantize(layer.matrix, fmt, loops=loops_for(layer.matrix, fmt))
-            quantizer.override = quantizer.view.to_parameter(rounded)
+            stack = self._stacks.get(layer.name)
+            rounded = stack.rounded() if stack is not None and stack.is_touched else layer.rounded()
+            layer.quantizer.override = layer.quantizer.view.to_parameter(rounded)
         try:
             return self.probe()
         finally:
@@ -349,7 +371,7 @@ class TorchBlock:
     def gather(self, needs: frozenset[Need]) -> None:
         """See ``Block.gather``."""
         self._needs = needs
-        ears = _Ears(self._layers, needs, self.feed.num_batches, pairs=Need.CROSS in needs and self._keeps_full)
+        ears = Ears(self._layers, needs, self.feed.num_batches, pairs=Need.CROSS in needs and self._keeps_full)
         with self._listening(ears), self._modes(self._observing_mode):
             for index in self.inputs():
                 if self._keeps_full:
@@ -381,6 +403,8 @@ class TorchBlock:
         for q in self._quantizers:
             if isinstance(q, ActivationQuantizer) and q.spec.is_dynamic:
                 q.mode = Mode.QUANTIZE
+        for stack in self._stacks.values():
+            stack.settle()
         self._find_ranges(self._layers)
         return off
 
@@ -486,11 +510,23 @@ class TorchBlock:
                 q.mode = mode
 
     @contextmanager
-    def _listening(self, ears: _Ears) -> Iterator[None]:
+    def _listening(self, ears: Ears) -> Iterator[None]:
+        hidden = [layer for layer in self._layers.values() if not layer.is_plain and self._is_hidden(layer)]
         with ExitStack() as cleanup:
             for name, layer in self._layers.items():
-                cleanup.enter_context(self._heard_by(layer, partial(ears.hear, name)))
+                if layer not in hidden:
+                    cleanup.enter_context(self._heard_by(layer, partial(ears.hear, name)))
+            if hidden:
+                cleanup.enter_context(Hearing(hidden, partial(self._hear_part, ears)))
             yield
+
+    def _is_hidden(self, layer: BlockLayer) -> bool:
+        """No module is called with what it reads, or with what each of its matrices reads."""
+        return layer.name in self._stacks or (layer.is_linear and self._place_of(layer.input_quantizer) is None)
+
+    @staticmethod
+    def _hear_part(ears: Ears, layer: BlockLayer, index: int, x: Tensor, rows: Tensor) -> None:
+        ears.hear_part(layer.name if index < 0 else matrix_name(layer.name, index), x, index, rows)
 
     @contextmanager
     def _heard_by(self, layer: BlockLayer, hear: Callable[[Tensor], None]) -> Iterator[None]:
@@ -554,7 +590,7 @@ class TorchBlock:
         return {
             leader: finder.find([self._layers[name] for name in names])
             for leader, names in by_leader.items()
-            if all(self._layers[name].takes_scale for name in names)
+            if all(self._parts[name].takes_scale for name in names)
         }
 
     def _trial(self, layers: Sequence[BlockLayer]) -> tuple[Sequence[Tensor], Mapping[str, Tensor]]:
@@ -566,63 +602,17 @@ class TorchBlock:
         return outputs, {name: inputs[0] for name, inputs in heard.items() if len(inputs) == 1}
 
 
-class _Ears:
-    """Hears every layer's input, and gathers it once for all layers that read the same tensor."""
-
-    def __init__(
-        self, layers: Mapping[str, BlockLayer], needs: frozenset[Need], num_batches: int, *, pairs: bool
-    ) -> None:
-        self.layers = layers
-        self.num_batches = num_batches
-        self.needs = needs if pairs else needs - {Need.CROSS}
-        self.leader: dict[str, str] = {}
-        self.channels: dict[str, int] = {}
-        self.gatherers: dict[str, Gatherer] = {}
-        self._heard: dict[int, tuple[Tensor, int, str]] = {}
-        self._is_first = False
-        self._first: dict[str, list[Tensor]] = {}
-
-    def hear(self, name: str, x: Tensor) -> None:
-        """Layer ``name`` reads ``x``."""
-        leader = self.leader.get(name) or self._find_leader(name, x)
-        if leader != name:
-            return
-        rows = self.layers[name].rows(x)
-        if rows is None:
-            return
-        if self._is_first:
-            self._first.setdefault(name, []).append(rows)
-            return
-        full = self._first[name].pop(0) if Need.CROSS in self.needs else None
-        try:
-            self.gatherers.setdefault(name, Gatherer(self.needs, self.num_batches)).update(rows, full)
-        except NotFiniteError as error:
-            raise NotFiniteError(f"layer '{name}': {error}") from error
-
-    def _find_leader(self, name: str, x: Tensor) -> str:
-        version = -1 if x.is_inference() else x._version
-        known = self._heard.get(id(x))
-        is_same = known is not None and known[0] is x and known[1] == version
-        leader = known[2] if known is not None and is_same else name
-        self._heard.setdefault(id(x), (x, version, leader))
-        self.leader[name] = leader
-        self.channels[name] = self.layers[name].num_channels(x)
-        return leader
-
-    @contextmanager
-    def first_of_pair(self) -> Iterator[None]:
-        """While open, inputs are those of the unquantized path, and wait for their partners."""
-        self._is_first = Need.CROSS in self.needs
-        try:
-            yield
-        finally:
-            self._is_first = False
-            self._heard.clear()
-
-    def forget(self) -> None:
-        """A forward is over."""
-        self._heard.clear()
-        self._first.clear()
+def _taken_apart(
+    layers: Mapping[str, BlockLayer], stacks: Mapping[str, Stack]
+) -> dict[str, BlockLayer | StackedMatrix]:
+    """What algorithms work on: layers, and in place of a stack its matrices."""
+    parts: dict[str, BlockLayer | StackedMatrix] = {}
+    for name, layer in layers.items():
+        if name in stacks:
+            parts |= {matrix.name: matrix for matrix in stacks[name].matrices}
+        else:
+            parts[name] = layer
+    return parts
 
 
 def _is_ours(module: nn.Module) -> bool:

@@ -74,10 +74,25 @@ class InputGroup:
         return scale if self.columns is None else scale[self.columns]
 
 
+def matrix_name(site: str, index: int) -> str:
+    """What algorithms call one matrix of a stack of weights.
+
+    >>> matrix_name("mlp.experts#linear0", 3), site_of("mlp.experts#linear0[3]"), site_of("mlp.up")
+    ('mlp.experts#linear0[3]', 'mlp.experts#linear0', 'mlp.up')
+    """
+    return f"{site}[{index}]"
+
+
+def site_of(layer: str) -> str:
+    """The site that a layer, or the matrix of a stack, belongs to."""
+    return layer.rpartition("[")[0] if layer.endswith("]") else layer
+
+
 class Block(Protocol):
     """A part of a model, and the only thing an algorithm sees.
 
-    Weights are ``(..., out_features, in_features)``; layers are named by their site. Until the block is settled its
+    Weights are ``(..., out_features, in_features)``; layers are named by their site. A stack of weights (experts) is as
+    many layers, ``<site>[<number>]``, each with the rows that its expert is sent. Until the block is settled its
     forward is in full precision: quantizers pass values through, and what algorithms wrote is in effect.
     """
 

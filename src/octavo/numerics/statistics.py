@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +45,8 @@ class InputStatistics:
         squares: ``(in_features,)`` sum of the squares of every channel.
         gram: ``(in_features, in_features)`` sum of ``x^T x``, fp32; an estimate of it for ``SAMPLED_GRAM``.
         cross: ``(in_features, in_features)`` sum of ``x_full^T x``, fp32; row: channel on the unquantized path.
+        is_assumed: No row was seen (by an expert that no token was sent to), and one of white noise stands for them:
+            errors are then those of the weight alone.
     """
 
     count: int
@@ -53,6 +56,13 @@ class InputStatistics:
     squares: Tensor | None = None
     gram: Tensor | None = None
     cross: Tensor | None = None
+    is_assumed: bool = False
+
+    @classmethod
+    def white(cls, num_channels: int, device: torch.device) -> InputStatistics:
+        """One row in which every channel has mean 0 and mean square 1, and knows nothing of the others."""
+        one = torch.ones(num_channels, device=device)
+        return cls(1, -one, one, torch.zeros_like(one), one, torch.eye(num_channels, device=device), is_assumed=True)
 
     @property
     def amax(self) -> Tensor:
@@ -153,7 +163,7 @@ class Gatherer:
 
     def statistics(self) -> InputStatistics:
         """Everything so far."""
-        parts = dict(self._parts)
+        parts: dict[str, Any] = dict(self._parts)
         gram = parts.get("gram")
         if gram is not None:
             parts["gram"] = (gram.triu() + gram.triu(1).T) * self._stride

@@ -8,6 +8,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from octavo.errors import UserError
+from octavo.spec.granularity import PerFlatGroup, PerToken
 from octavo.spec.tensor_format import PerChannel, PerTensor, Shape, TensorFormat
 
 if TYPE_CHECKING:
@@ -76,6 +77,23 @@ def rare_experts(plan: Plan, tokens: Mapping[str, Sequence[int]]) -> tuple[str, 
         for name, number in few.items()
         if number
     )
+
+
+def format_of_matrix(fmt: TensorFormat) -> TensorFormat | None:
+    """The format of one matrix of a stack in ``fmt``; ``None`` where scales are not each of one matrix.
+
+    >>> from octavo.spec.formats import FORMATS
+    >>> format_of_matrix(format_for(FORMATS["nvfp4"], (4, 8, 16))) == FORMATS["nvfp4"]
+    True
+    """
+    if isinstance(fmt.granularity, PerFlatGroup | PerToken):
+        return None
+    scale = None if fmt.scale is None else format_of_matrix(fmt.scale)
+    offset = None if fmt.offset is None else format_of_matrix(fmt.offset)
+    if (scale is None) != (fmt.scale is None) or (offset is None) != (fmt.offset is None):
+        return None
+    granularity = PerTensor() if fmt.granularity == PerChannel(0) else fmt.granularity
+    return replace(fmt, granularity=granularity, scale=scale, offset=offset)
 
 
 def format_for(fmt: TensorFormat, shape: Shape) -> TensorFormat:

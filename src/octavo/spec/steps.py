@@ -82,6 +82,7 @@ class Awq(Options):
     """Scales input channels so that weights round well where inputs are large (arXiv:2306.00978).
 
     ``points`` are the powers tried; ``clip`` then rounds, with the scales that cost least, else later steps round.
+    Where inputs cannot be scaled, as those of experts in one tensor, it clips alone.
     """
 
     name: ClassVar[str] = "awq"

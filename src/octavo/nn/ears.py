@@ -1,0 +1,91 @@
+"""Hears what layers of a block read, and sums it up: once for all that read the same tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from octavo.nn.block_layers import BlockLayer
+from octavo.numerics.observers import NotFiniteError
+from octavo.numerics.statistics import Gatherer, Need
+
+
+class Ears:
+    """Told of every input.
+
+    Args:
+        layers: Sites by name.
+        needs: What to gather.
+        num_batches: How often rows will come.
+        pairs: Inputs come by the unquantized path first, and then by the quantized one.
+    """
+
+    def __init__(
+        self, layers: Mapping[str, BlockLayer], needs: frozenset[Need], num_batches: int, *, pairs: bool
+    ) -> None:
+        self.layers = layers
+        self.num_batches = num_batches
+        self.needs = needs if pairs else needs - {Need.CROSS}
+        self.leader: dict[str, str] = {}
+        self.channels: dict[str, int] = {}
+        self.gatherers: dict[str, Gatherer] = {}
+        self._heard: dict[tuple[int, int], tuple[Tensor, int, str]] = {}
+        self._is_first = False
+        self._first: dict[str, list[Tensor]] = {}
+
+    def hear(self, name: str, x: Tensor) -> None:
+        """Layer ``name`` reads ``x``."""
+        layer = self.layers[name]
+        if not self._leads(name, x, -1, lambda: layer.num_channels(x)):
+            return
+        rows = layer.rows(x)
+        if rows is None:
+            return
+        if self._is_first:
+            self._first.setdefault(name, []).append(rows)
+            return
+        full = self._first[name].pop(0) if Need.CROSS in self.needs else None
+        self._take(name, rows, full, self.needs)
+
+    def hear_part(self, name: str, x: Tensor, part: int, rows: Tensor) -> None:
+        """One matrix of a stack, or a weight of a functional call, reads ``rows`` of ``x``.
+
+        Which rows an expert gets differs between two paths through the model, so there are no pairs of them.
+        """
+        if not self._is_first and self._leads(name, x, part, lambda: rows.shape[-1]):
+            self._take(name, rows, None, self.needs - {Need.CROSS})
+
+    def _leads(self, name: str, x: Tensor, part: int, num_channels: Callable[[], int]) -> bool:
+        """Whether ``name`` is the first of those that read ``x``."""
+        if name not in self.leader:
+            version = -1 if x.is_inference() else x._version
+            known = self._heard.get((id(x), part))
+            is_same = known is not None and known[0] is x and known[1] == version
+            leader = known[2] if known is not None and is_same else name
+            self._heard.setdefault((id(x), part), (x, version, leader))
+            self.leader[name] = leader
+            self.channels[name] = num_channels()
+        return self.leader[name] == name
+
+    def _take(self, name: str, rows: Tensor, full: Tensor | None, needs: frozenset[Need]) -> None:
+        try:
+            self.gatherers.setdefault(name, Gatherer(needs, self.num_batches)).update(rows, full)
+        except NotFiniteError as error:
+            raise NotFiniteError(f"layer '{name}': {error}") from error
+
+    @contextmanager
+    def first_of_pair(self) -> Iterator[None]:
+        """While open, inputs are those of the unquantized path, and wait for their partners."""
+        self._is_first = Need.CROSS in self.needs
+        try:
+            yield
+        finally:
+            self._is_first = False
+            self._heard.clear()
+
+    def forget(self) -> None:
+        """A forward is over."""
+        self._heard.clear()
+        self._first.clear()
