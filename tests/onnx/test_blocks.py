@@ -65,6 +65,17 @@ def test_scales_are_folded_into_the_norm_and_help(tmp_path: Path) -> None:
     assert error(path, "extends: int8\nsteps: [{smoothquant: {alpha: 0.5}}]") < 0.3 * error(path, "extends: int8")
 
 
+def test_a_scale_that_no_norm_takes_in_stays_in_front_of_the_layer(tmp_path: Path) -> None:
+    path = graph(tmp_path / "g.onnx")
+    recipe = "extends: int8\nsteps: [{smoothquant: {alpha: 0.5}}]"
+    run = pipeline.quantize(open_model(path), read_recipe(recipe, "r.yaml"), DATA)
+    scales = dict(run.door.simulated_extras())
+    assert scales.keys() == {f"{index}.down.pre_scale" for index in range(3)}
+    assert run.plan.decision("0.down").beside.num_scales == 128
+    with run.door.disabled(lambda name: True):
+        assert torch.allclose(output(run.loaded), output(open_model(path)), rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("inputs", ["quantized", "unquantized"])
 def test_gptq_beats_rounding(tmp_path: Path, inputs: str) -> None:
     path = graph(tmp_path / "g.onnx")

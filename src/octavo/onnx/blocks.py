@@ -7,6 +7,7 @@ can be folded into it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,12 +89,21 @@ class GraphWalk:
         batches: As arrays.
         store: Where tensors between pieces wait.
         is_quantized: A piece is fed what simulated pieces give.
-        keeps_unquantized: The unquantized path is followed, too.
+        keeps: The unquantized path is followed, too.
+        folds_only: Layers whose input takes a scale only where a norm takes it in.
     """
 
     def __init__(
-        self, calibration: Calibration, batches: Sequence[Arrays], store: Store, *, is_quantized: bool, keeps: bool
+        self,
+        calibration: Calibration,
+        batches: Sequence[Arrays],
+        store: Store,
+        *,
+        is_quantized: bool,
+        keeps: bool,
+        folds_only: AbstractSet[str] = frozenset(),
     ) -> None:
+        self.folds_only = folds_only
         self.calibration = calibration
         self.store = store
         self.is_quantized = is_quantized
@@ -217,7 +227,13 @@ class GraphBlock:
         width = self._sites[names[0]].facts.weight_shape[1]
         norm = self._norm(names)
         fold = None if norm is None else Fold(str(norm.name), torch.arange(width))
-        return InputGroup(names, width, fold, None, takes_scale=norm is not None)
+        takes_scale = self._has_own_weights(names) and (fold is not None or not self.walk.folds_only & set(names))
+        return InputGroup(names, width, fold, None, takes_scale=takes_scale)
+
+    def _has_own_weights(self, names: Iterable[str]) -> bool:
+        """Whether scaling the columns of these layers' weights changes nothing else."""
+        sites = [self._sites[name] for name in names]
+        return all(s.facts.operation == "linear" and len(s.operands[Slot.WEIGHT].value.uses()) == 1 for s in sites)
 
     def _norm(self, names: tuple[str, ...]) -> ir.Node | None:
         """The norm of this piece that only these layers read, with constants that can be scaled."""
@@ -264,13 +280,15 @@ class GraphBlock:
         return outer_of(self.calibration.weights.get(layer))
 
     def set_pre_scale(self, group: InputGroup, scale: Tensor) -> None:
-        """See ``Block.set_pre_scale``: into the norm."""
+        """See ``Block.set_pre_scale``: into the norm, or in front of the layers."""
+        if any(name in self.calibration.weights for name in group.layers):
+            raise UserError(f"layer '{group.layers[0]}': its weight is fixed already, so its input cannot be scaled")
+        if not bool((scale.isfinite() & (scale > 0)).all()):
+            raise UserError(f"layer '{group.layers[0]}': a scale of its input is not positive and finite")
         norm = self._norm(group.layers)
-        if norm is None or any(name in self.calibration.weights for name in group.layers):
-            raise UserError(
-                f"layer '{group.layers[0]}': its input cannot be scaled here, or its weight is fixed already"
-            )
-        for value in norm.inputs[1:]:
+        if norm is None:
+            self._take_in(self.calibration.divide(group.layers, scale))
+        for value in () if norm is None else norm.inputs[1:]:
             if value is not None and value.const_value is not None:
                 self.calibration.write(str(value.name), tensor_of(value.const_value.numpy()) / scale)
         for name in group.layers:
@@ -278,6 +296,10 @@ class GraphBlock:
             if name in self._statistics:
                 self._statistics[name] = self._statistics[name].divided_by(scale)
         self._has_folded = True
+
+    def _take_in(self, *nodes: ir.Node | None) -> None:
+        """What is new in the graph is in this piece."""
+        self.piece.nodes.extend(node for node in nodes if node is not None)
 
     def set_input_rotation(self, group: InputGroup, block_size: int) -> None:
         """See ``Block.set_input_rotation``; a graph gets no rotations."""
@@ -374,7 +396,7 @@ class GraphBlock:
     def recall(self, state: BlockState) -> None:
         """See ``Block.recall``."""
         self.gather(frozenset())
-        self.calibration.bring_back(self._sites, state)
+        self._take_in(*self.calibration.bring_back(self._sites, state))
 
     def advance(self) -> float | None:
         """See ``Block.advance``."""

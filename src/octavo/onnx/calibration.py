@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
 
@@ -20,6 +20,7 @@ from octavo.numerics.qtensor import QTensor
 from octavo.numerics.scaling import scale_from_range
 from octavo.onnx.graph import GraphSite
 from octavo.onnx.marked import Found, Range, quantizers_of, simulated
+from octavo.onnx.pre_scales import divide_input, pre_scale_of
 from octavo.spec.facts import Slot
 from octavo.spec.plan import Plan, QuantizerSpec
 from octavo.spec.select import quantizer_name
@@ -59,6 +60,7 @@ class Calibration:
         self._observers = observers_of(plan, sites) if observers is None else dict(observers)
         self._ranges: dict[str, Range] = {}
         self._off = {name for name, _, _, _ in self._quantizers}
+        self._divided: dict[str, list[str]] = {}  # initializer -> layers, since the last state
 
     def spec(self, layer: str, slot: Slot) -> QuantizerSpec | None:
         """What the plan gives a slot."""
@@ -90,6 +92,22 @@ class Calibration:
         array = np.ascontiguousarray(array_of(value)).astype(initializer.const_value.numpy().dtype)
         initializer.const_value = ir.Tensor(array, name=name)
         self._written.add(name)
+
+    def divide(self, layers: Sequence[str], scale: Tensor) -> ir.Node | None:
+        """Divide what ``layers`` read by a scale, in front of them.
+
+        Returns:
+            The node that is new; ``None`` where one was there.
+        """
+        sites = [self.sites[layer] for layer in layers]
+        known = pre_scale_of(sites[0])
+        if known is not None and known.const_value is not None:
+            self.write(str(known.name), tensor_of(known.const_value.numpy()) * scale)
+            return None
+        node = divide_input(self.model.graph, sites, scale)
+        self._divided[str(node.inputs[1].name)] = list(layers)  # type: ignore[union-attr]
+        self._written.add(str(node.inputs[1].name))  # type: ignore[union-attr]
+        return node
 
     def observed_in(self, sites: Iterable[str]) -> list[str]:
         """Tensors that quantizers of these sites look at."""
@@ -179,10 +197,18 @@ class Calibration:
             assert value is not None
             tensors[f"model.{name}"] = tensor_of(value.numpy())
         self._written.clear()
-        return BlockState(tensors, {"on": [name for name in names if name not in self._off]})
+        divided, self._divided = self._divided, {}
+        return BlockState(tensors, {"on": [name for name in names if name not in self._off], "divided": divided})
 
-    def bring_back(self, sites: Iterable[str], state: BlockState) -> None:
-        """Find what ``state`` was found to be."""
+    def bring_back(self, sites: Iterable[str], state: BlockState) -> list[ir.Node]:
+        """Find what ``state`` was found to be.
+
+        Returns:
+            Nodes that are new.
+        """
+        divided = state.facts["divided"].items()
+        nodes = [self.divide(layers, state.tensors[f"model.{name}"]) for name, layers in divided]
+        self._divided.clear()
         for key, tensor in state.tensors.items():
             if key.startswith("model."):
                 self.write(key.removeprefix("model."), tensor)
@@ -201,6 +227,7 @@ class Calibration:
                 self._ranges[name] = scale, zero_point
         self._off -= set(state.facts["on"])
         self._tell()
+        return [node for node in nodes if node is not None]
 
     def simulated(self, sites: Iterable[str]) -> ir.Model:
         """The graph with the quantizers of these sites, which are settled."""

@@ -138,16 +138,20 @@ class OnnxDoor:
         keeps_unquantized: bool,
         folds_only: AbstractSet[str] = frozenset(),
     ) -> Walk:
-        """See ``Door.walk``: consecutive pieces of the graph, whose weights change in memory and not in the file.
-
-        Scales are always folded.
-        """
+        """See ``Door.walk``: consecutive pieces of the graph, whose weights change in memory and not in the file."""
         assert self._plan is not None
         model, _, sites = self._look()
         self._segments = None
         arrays = [self.module.arrays_of(batch) for batch in batches or ()]
         calibration = Calibration(model, self._plan, sites, self._settle)
-        return GraphWalk(calibration, arrays, store, is_quantized=is_quantized, keeps=keeps_unquantized)
+        return GraphWalk(
+            calibration,
+            arrays,
+            store,
+            is_quantized=is_quantized,
+            keeps=keeps_unquantized,
+            folds_only=folds_only,
+        )
 
     @contextmanager
     def observe(self) -> Iterator[None]:
@@ -253,7 +257,9 @@ class OnnxDoor:
 
     def restore(self, plan: Plan, tensors: Mapping[str, Tensor], layers: Iterable[LayerSnapshot]) -> None:
         """See ``Door.restore``."""
-        model = filled(self.module.path, tensors)
+        layers = list(layers)
+        scales = {f"{layer.name}.pre_scale": layer.pre_scale for layer in layers if layer.pre_scale is not None}
+        model = filled(self.module.path, {**tensors, **scales})
         self.module.reopen(lambda: session_of(model))
         self._know(model)
         ranges: dict[str, Range] = {}
@@ -284,8 +290,10 @@ class OnnxDoor:
         return {name: float(scale) for name, (scale, _) in self._found.ranges.items()}
 
     def simulated_extras(self) -> Iterator[tuple[str, Tensor]]:
-        """See ``Door.simulated_extras``: a graph has its scales and branches among its own nodes."""
-        return iter(())
+        """See ``Door.simulated_extras``: scales of inputs; a graph has no branches."""
+        for layer in self.snapshot().layers():
+            if layer.pre_scale is not None:
+                yield f"{layer.name}.pre_scale", layer.pre_scale
 
     def twin(
         self,
@@ -297,7 +305,8 @@ class OnnxDoor:
         """See ``Door.twin``."""
         assert self._plan is not None
         model = self._look()[0].clone()
-        for name, value in tensors.items():
+        here = {name: value for name, value in extras.items() if name in model.graph.initializers}
+        for name, value in {**tensors, **here}.items():
             model.graph.initializers[name].const_value = ir.Tensor(array_of(value), name=name)
         twin = OnnxDoor(GraphModule(self.module.path), self.source)
         twin.module.reopen(lambda: session_of(model))

@@ -12,6 +12,7 @@ from octavo.numerics.qtensor import QTensor
 from octavo.numerics.snapshot import ActivationScale, LayerSnapshot
 from octavo.onnx.graph import GraphSite
 from octavo.onnx.marked import Found
+from octavo.onnx.pre_scales import pre_scale_of
 from octavo.spec.facts import Slot
 from octavo.spec.plan import Decision, Plan
 from octavo.spec.select import quantizer_name
@@ -57,11 +58,17 @@ class GraphSnapshot:
             is_transposed=view.is_transposed,
             activations=activations,
             fusion_group=group,
+            pre_scale=self._pre_scale(site.name),
         )
+
+    def _pre_scale(self, name: str) -> Tensor | None:
+        value = pre_scale_of(self.sites[name])
+        return None if value is None or value.const_value is None else tensor_of(value.const_value.numpy()).float()
 
     def passthrough(self) -> Iterator[tuple[str, Tensor]]:
         """See ``Snapshot.passthrough``."""
         quantized = {layer.weight_name for layer in self.layers()}
+        quantized |= {str(value.name) for site in self.sites.values() if (value := pre_scale_of(site)) is not None}
         for name, value in self.model.graph.initializers.items():
             data = value.const_value
             if data is not None and data.nbytes > SMALL_BYTES and name not in quantized:
