@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,15 @@ def is_installed() -> bool:
     return find_spec("tensorrt_rtx") is not None
 
 
-def build_engines(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Engine]:
-    """Build an engine of the graph ``path`` for every architecture.
+def build_engines(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], architectures: Iterable[str] = ARCHITECTURES
+) -> dict[str, Engine]:
+    """Build an engine of the graph ``path`` for every one of ``architectures``.
 
     Args:
         path: An ``.onnx`` file.
         shapes: Largest shape of every input; sizes that the graph leaves open go down to 1.
+        architectures: Keys of ``ARCHITECTURES``.
 
     Returns:
         Architecture -> its engine, or why there is none.
@@ -34,7 +37,7 @@ def build_engines(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str
     import tensorrt_rtx as trt
 
     graph = ir.load(path).graph
-    return {name: _engine(trt, path, graph, shapes, capability) for name, capability in ARCHITECTURES.items()}
+    return {name: _engine(trt, path, graph, shapes, ARCHITECTURES[name]) for name in architectures}
 
 
 def _engine(trt: Any, path: Path, graph: ir.Graph, shapes: Mapping[str, tuple[int, ...]], capability: str) -> Engine:
