@@ -49,13 +49,13 @@ from octavo.sources.models import describes_model
 from octavo.spec.beside import Beside
 from octavo.spec.coverage import check_coverage
 from octavo.spec.experts import rare_experts
-from octavo.spec.plan import Plan
+from octavo.spec.plan import Decision, Plan
 from octavo.spec.recipe import Recipe, load_recipe, read_recipe
 from octavo.spec.records import ExpertsRecord, MetricRecord, RunRecord, SensitivityRecord
 from octavo.spec.resolve import for_target, resolve
 from octavo.spec.select import quantizer_name
 from octavo.spec.steps import fused_rotation
-from octavo.spec.targets import target_named
+from octavo.spec.targets import Target, target_named
 from octavo.spec.version import VERSION
 
 logger = logging.getLogger(__name__)
@@ -509,15 +509,24 @@ def _refuse_other_target(the_plan: Plan, target: str, layout: str) -> None:
     if not target or target == the_plan.target:
         return
     for decision in the_plan.decisions:
-        asked = for_target(decision, wanted)
-        if asked != decision:
-            slot = next(slot for slot in asked.scheme if asked.scheme[slot] != decision.scheme[slot])
-            name = quantizer_name(decision.site.name, slot)
+        why = _other_meaning(decision, target_named(the_plan.target), wanted)
+        if why:
             raise UserError(
-                f"this run was made for {the_plan.target or 'any target'}: '{name}' is {decision.scheme[slot]}, and "
-                f"{target} wants {asked.scheme[slot]}. Quantize for it:  octavo quantize {the_plan.facts.model} "
-                f"--recipe {the_plan.recipe} --target {target} --layout {layout} ..."
+                f"this run was made for {the_plan.target or 'any target'}: {why}. Quantize for it:  octavo quantize "
+                f"{the_plan.facts.model} --recipe {the_plan.recipe} --target {target} --layout {layout} ..."
             )
+
+
+def _other_meaning(decision: Decision, made: Target, wanted: Target) -> str:
+    """What of a decision would mean something else on ``wanted`` than it was simulated as; empty when nothing would."""
+    asked = for_target(decision, wanted)
+    if asked != decision:
+        slot = next(slot for slot in asked.scheme if asked.scheme[slot] != decision.scheme.get(slot))
+        name = quantizer_name(decision.site.name, slot)
+        return f"'{name}' is {decision.scheme.get(slot, 'not there')}, and {wanted.name} wants {asked.scheme[slot]}"
+    if made.saturates_at(decision.site, decision.scheme) != wanted.saturates_at(decision.site, decision.scheme):
+        return f"sums in '{decision.site.name}' saturate on one of the two, which its simulation knew"
+    return ""
 
 
 @dataclass(frozen=True, slots=True)

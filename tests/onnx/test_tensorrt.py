@@ -15,6 +15,9 @@ from octavo.onnx.tensorrt import ARCHITECTURES, build_engines, is_installed
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not is_installed(), reason="needs the extra 'tensorrt'")]
 
 
+FP4 = ("nvfp4-weight-only", "mxfp4-weight-only")
+
+
 def layers() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(128, 256), nn.GELU(), nn.Linear(256, 128))
@@ -34,8 +37,7 @@ class Attention(nn.Module):
 
 @pytest.mark.parametrize(
     ("recipe", "dtype"),
-    [("int8", None)]
-    + [(recipe, torch.float16) for recipe in ("int8", "fp8", "int8-weight-only", "int4-group", "nvfp4-weight-only")],
+    [("int8", None)] + [(recipe, torch.float16) for recipe in ("int8", "fp8", "int8-weight-only", "int4-group", *FP4)],
 )
 def test_files_for_tensorrt_become_engines(tmp_path: Path, recipe: str, dtype: torch.dtype | None) -> None:
     x = torch.randn(8, 128)
@@ -45,7 +47,7 @@ def test_files_for_tensorrt_become_engines(tmp_path: Path, recipe: str, dtype: t
     assert graph["agrees"], graph
     assert set(graph["engines"]) == set(ARCHITECTURES)
     for name, engine in graph["engines"].items():
-        needs_more = recipe.startswith("nvfp4") and "Ada" in name
+        needs_more = recipe in FP4 and "Ada" in name
         assert bool(engine["needs"]) == needs_more
         assert bool(engine["num_bytes"]) != needs_more
         assert not engine["wide_weights"]

@@ -61,6 +61,18 @@ def test_what_a_target_cannot_run_is_refused() -> None:
         formats("int8-dynamic", "tensorrt")
 
 
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ("w4a8", "multiplies integers with integers"),
+        ("int4-group-asymmetric", "no weights with zero points .fc is int4"),
+    ],
+)
+def test_what_tensorrt_cannot_build_is_refused(recipe: str, said: str) -> None:
+    with pytest.raises(UserError, match=f"tensorrt .*{said}"):
+        formats(recipe, "tensorrt")
+
+
 def test_an_unknown_target_names_the_nearest() -> None:
     with pytest.raises(UserError, match="did you mean 'tensorrt'"):
         formats("int8", "tensort")

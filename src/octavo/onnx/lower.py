@@ -17,6 +17,7 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes import common
 
+from octavo.errors import UserError
 from octavo.numerics.arrays import array_of, tensor_of
 from octavo.numerics.qtensor import QTensor, quantize
 from octavo.onnx.biases import integer_biases
@@ -65,11 +66,13 @@ class Style:
         integer_biases: Biases of products of 8-bit integers in INT32 (``biases.py``).
         spells_relu: A ReLU in front of small floats is written as Max. onnxruntime (1.32) takes a ReLU away that a
             QuantizeLinear with zero point 0 follows, unless the codes are INT8: right for UINT8, wrong for FP8.
+        plain_block_scales: Scales that are codes without a scale (E8M0) as numbers of the float type.
     """
 
     unsigned_activations: bool = False
     integer_biases: bool = False
     spells_relu: bool = False
+    plain_block_scales: bool = False
 
 
 def lower(model: ir.Model, style: Style, *, opset: int, stored: Mapping[str, QTensor] | None = None) -> None:
@@ -251,7 +254,10 @@ class _Writer:
             return self.initializer(f"{name}_scale", scale.astype(_NUMPY[dtype]), dtype)
         kind = code_type(scale.fmt.element)
         assert kind is not None
-        codes = self.initializer(f"{name}_scale_codes", _typed(scale.codes, scale.fmt, kind.name), kind.name)
+        typed = _typed(scale.codes, scale.fmt, kind.name)
+        if scale.outer is None and self.style.plain_block_scales:
+            return self.initializer(f"{name}_scale", _as_numbers(name, typed, _NUMPY[dtype]), dtype)
+        codes = self.initializer(f"{name}_scale_codes", typed, kind.name)
         if scale.outer is None:
             return codes
         # In fp32: it is small, and fp16 would hold it as a subnormal number.
@@ -390,6 +396,18 @@ def _typed(codes: np.ndarray[Any, Any], fmt: TensorFormat, kind: str) -> np.ndar
     if is_float(fmt.element):
         return np.ascontiguousarray(codes).view(_NUMPY[kind])
     return codes.astype(_NUMPY[kind])
+
+
+def _as_numbers(name: str, codes: np.ndarray[Any, Any], dtype: Any) -> np.ndarray[Any, Any]:
+    """Powers of two in a float type; one that it lacks is refused."""
+    real = codes.astype(np.float32)
+    numbers = real.astype(dtype)
+    if (numbers.astype(np.float32) != real).any():
+        raise UserError(
+            f"the scales of '{name}' reach from {real.min():.3g} to {real.max():.3g}, beyond {np.dtype(dtype).name}: "
+            "use --float-dtype bfloat16"
+        )
+    return numbers
 
 
 def _fills(kind: str, low: int, high: int) -> bool:

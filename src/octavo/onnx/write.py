@@ -48,7 +48,12 @@ def write_graphs(
     """One ``.onnx`` file for each part of ``loaded``; see ``OnnxLayout.fill``."""
     target = target_named(plan.target)
     is_for_onnxruntime = not target.name or target.name.startswith("onnxruntime")
-    style = Style(target.unsigned_codes, target.integer_biases, spells_relu=is_for_onnxruntime)
+    style = Style(
+        target.unsigned_codes,
+        target.integer_biases,
+        spells_relu=is_for_onnxruntime,
+        plain_block_scales=target.plain_block_scales,
+    )
     stored = {quantizer_name(layer.name, Slot.WEIGHT): layer.weight for layer in layers if layer.weight is not None}
     written = []
     use_cache = use_cache and can_cache(loaded, sample)

@@ -180,6 +180,9 @@ def for_target(decision: Decision, target: Target) -> Decision:
         fmt = target.format(slot, spec.format, is_dynamic=spec.is_dynamic, meets_integers=meets_integers)
         scheme[slot] = replace(spec, format=fmt)
     scheme |= target.extra(decision.site, scheme)
+    problem = target.clash(decision.site, scheme)
+    if problem:
+        raise UserError(problem)
     return replace(decision, scheme=scheme)
 
 

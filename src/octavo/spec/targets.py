@@ -54,6 +54,9 @@ class Target:
         integer_biases: Biases of products of 8-bit integers are stored in INT32.
         quantizes_softmax: Attention in FP8 is fused only with its softmax in FP8, at scale 1/448.
         saturates: Sums of two products of bytes saturate in 16 bits; simulation knows it.
+        symmetric_weights: Integer weights cannot have zero points.
+        one_kind: A product takes integers with integers and small floats with small floats.
+        plain_block_scales: Scales that are powers of two are stored as numbers of the float type.
         rules: Why.
     """
 
@@ -68,6 +71,9 @@ class Target:
     integer_biases: bool = False
     quantizes_softmax: bool = False
     saturates: bool = False
+    symmetric_weights: bool = False
+    one_kind: bool = False
+    plain_block_scales: bool = False
     rules: tuple[PlacementRule, ...] = field(default=())
 
     def format(self, slot: Slot, fmt: TensorFormat, *, is_dynamic: bool, meets_integers: bool) -> TensorFormat:
@@ -129,7 +135,24 @@ class Target:
                 f"{self.name} has no integer activations whose range is found per call ({site.name}, {slot.value}): "
                 "choose a static recipe such as int8, or one of weights only"
             )
+        if self.symmetric_weights and slot is Slot.WEIGHT and not fmt.is_symmetric:
+            return (
+                f"{self.name} has no weights with zero points ({site.name} is {fmt}): "
+                "choose a symmetric format such as int4-group"
+            )
         return ""
+
+    def clash(self, site: SiteFacts, scheme: Mapping[Slot, QuantizerSpec]) -> str:
+        """Why the target cannot multiply what a site quantizes, with the way out; empty when it can."""
+        weight, given = scheme.get(Slot.WEIGHT), scheme.get(Slot.INPUT)
+        if not self.one_kind or weight is None or given is None:
+            return ""
+        if isinstance(weight.format.element, IntFormat) == isinstance(given.format.element, IntFormat):
+            return ""
+        return (
+            f"{self.name} multiplies integers with integers and small floats with small floats; {site.name} has "
+            f"weights in {weight.format} and inputs in {given.format}: choose int8 or fp8 for both, or weights only"
+        )
 
 
 _U8S8 = PlacementRule("activations UINT8 and asymmetric, weights INT8 and symmetric per channel", _ORT_QUANTIZATION)
@@ -197,11 +220,16 @@ TARGETS: dict[str, Target] = {
             zero_points=ZeroPoints.NONE,
             dynamic_integers=False,
             quantizes_softmax=True,
+            symmetric_weights=True,
+            one_kind=True,
+            plain_block_scales=True,
             rules=(
                 PlacementRule("attention in FP8 is fused with the softmax at scale 1/448", _TENSORRT_TYPES),
                 PlacementRule("symmetric only: every zero point is 0", _TENSORRT_TYPES),
                 PlacementRule("activations per tensor, weights per channel or in blocks", _TENSORRT_TYPES),
                 PlacementRule("no Q/DQ on outputs; the graph's types are obeyed", _TENSORRT_TYPES),
+                PlacementRule("operands of a product are of one kind: its builder refuses FP8 x INT4", _TENSORRT_TYPES),
+                PlacementRule("E8M0 scales as numbers of the float type: its parser knows no E8M0", _TENSORRT_TYPES),
             ),
         ),
         Target(
