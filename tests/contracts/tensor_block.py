@@ -182,8 +182,8 @@ class TensorBlock:
     def error(self, reference: TensorBlock) -> float:
         """Squared error of the outputs over the squares of the reference's."""
         pairs = [(self.run(i)[0], reference.run(i)[0]) for i in self.inputs()]
-        wanted = sum(float(b.square().sum()) for _, b in pairs)
-        return sum(float((a - b).square().sum()) for a, b in pairs) / max(wanted, 1e-30)
+        wanted = sum(float(b.double().square().sum()) for _, b in pairs)
+        return sum(float((a.double() - b.double()).square().sum()) for a, b in pairs) / max(wanted, 1e-200)
 
     def copy(self) -> TensorBlock:
         return copy.deepcopy(self)

@@ -3,18 +3,32 @@
 import pytest
 import torch
 
+import octavo
 from contracts.tensor_block import WIDTH, TensorBlock
 from octavo.algorithms.base import ALGORITHMS, make_algorithms
+from octavo.errors import UserError
 from octavo.numerics.qtensor import QTensor, fake_quantize
 from octavo.numerics.statistics import Need
 from octavo.spec.formats import tensor_format
+from octavo.spec.recipe import Recipe
 from octavo.spec.steps import STEPS, make_step
 
 FAST = {"learned_rounding": {"steps": 8}, "svdquant": {"rank": 8}, "hqq": {"iterations": 4}, "awq": {"points": 7}}
 every_step = pytest.mark.parametrize("name", sorted(cls.name for cls in ALGORITHMS))
-every_kind = pytest.mark.parametrize(
-    "kind", ["random", "outliers", "rank-deficient", "dead channels", "single sample", "zeros", "bf16"]
+KINDS = (
+    "random",
+    "outliers",
+    "rank-deficient",
+    "dead channels",
+    "single sample",
+    "zeros",
+    "bf16",
+    "twins",  # channels that are equal: no factorization without damping
+    "wild",  # channels 16 decades apart
+    "huge",  # squares that overflow in fp32
+    "tiny",  # squares that vanish in fp32
 )
+every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def batches(kind: str) -> list[torch.Tensor]:
@@ -31,6 +45,14 @@ def batches(kind: str) -> list[torch.Tensor]:
             x = x[:1]
         case "zeros":
             x = torch.zeros(4, WIDTH)
+        case "twins":
+            x[:, 1::2] = x[:, ::2]
+        case "wild":
+            x *= torch.logspace(-8, 8, WIDTH)
+        case "huge":
+            x *= 1e20
+        case "tiny":
+            x *= 1e-25
     return list(x.split(32))
 
 
@@ -85,9 +107,16 @@ def test_nothing_breaks_it_and_what_it_declares_is_true(name, kind):
     assert all(torch.equal(a, b) for a, b in zip(stored(block), stored(again), strict=True))
 
 
+RAGGED = ["e4m3-tile128x128", "e4m3-group128-padded", "nf4"]  # blocks that the widths 64 and 96 do not fill
+
+
 @every_step
 @pytest.mark.parametrize(
-    "fmt", ["nvfp4", "mxfp4", "int4-group32-asymmetric", "int8-channel", "int4-group32-full-range"]
+    "fmt",
+    [
+        *("nvfp4", "mxfp4", "int4-group32-asymmetric", "int8-channel", "int4-group32-full-range"),
+        *("nf4-double-quant", "int4-group32-double-quant", *RAGGED),
+    ],
 )
 def test_fixed_weights_have_the_format_of_the_plan(name, fmt):
     block = block_of("random", fmt)
@@ -95,6 +124,17 @@ def test_fixed_weights_have_the_format_of_the_plan(name, fmt):
     for layer, codes in block.fixed.items():
         assert codes.format == tensor_format(fmt)
         assert torch.equal(codes.dequantize(), block.weights[layer])
+    assert all(value.isfinite().all() for value in block.weights.values())
+
+
+@every_step
+def test_groups_that_do_not_divide_are_refused_before_any_step(name):
+    recipe = Recipe("r", ()).quantize("operation:linear", weight="int4-group64").with_steps(make_step(name))
+    model = torch.nn.Linear(96, 8)
+    before = model.weight.detach().clone()
+    with pytest.raises(UserError, match="groups of 64 do not divide in_features=96; choose"):
+        octavo.quantize(model, recipe, [torch.randn(4, 96)])
+    assert torch.equal(model.weight, before)
 
 
 @pytest.mark.parametrize("fmt", ["nvfp4", "mxfp4", "int4-group32", "int3-group32"])
@@ -106,6 +146,15 @@ def test_outputs_are_nearer_than_by_rounding_to_nearest(names, fmt):
     block = block_of("random", fmt, None)
     run(block, *names)
     assert rounded(block).error(reference) < 0.93 * rounded(reference.copy()).error(reference)
+
+
+@pytest.mark.parametrize("name", ["awq", "gptq", "scale_search", "svdquant", "learned_rounding"])
+@every_kind
+def test_no_inputs_make_it_worse_than_rounding_to_nearest(name, kind):
+    reference, block = block_of(kind, input_format=None), block_of(kind, input_format=None)
+    run(block, name)
+    nearest = rounded(reference.copy()).error(reference)
+    assert rounded(block).error(reference) <= 1.01 * nearest + 1e-12
 
 
 def test_steps_compose():

@@ -44,9 +44,30 @@ def weight(rows: int = 48, width: int = 64) -> torch.Tensor:
 )
 def test_the_factor_inverts_the_damped_gram_matrix_whatever_the_inputs(kind):
     x = inputs(kind)
-    upper = feedback(x.T @ x, 0.01).double()
+    upper = feedback(x.T @ x, 0.01)[0].double()
     assert torch.equal(upper, upper.triu())
     torch.testing.assert_close(upper.T @ upper @ damped(x.T @ x, 0.01), torch.eye(64).double(), rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("kind", ["indefinite", "not finite", "asymmetric"])
+def test_what_is_no_gram_matrix_breaks_nothing(kind):
+    gram = inputs("random").T @ inputs("random")
+    match kind:
+        case "indefinite":
+            gram -= gram.diagonal().mean() * 1e-2 * torch.ones(64, 64) * 64
+        case "not finite":
+            gram[3, 3] = torch.inf
+        case "asymmetric":
+            gram = gram.triu()
+    upper, damping = feedback(gram, 0.01)
+    assert (damping > 0.01) == (kind == "indefinite")
+    assert bool(upper.isfinite().all())
+    assert bool((upper.diagonal() > 0).all())
+    w, fmt = weight(), tensor_format("int4-group32")
+    scale = quantize(w, fmt).scale
+    assert scale is not None
+    found = round_with_feedback(w, gram, fmt, scale=scale, options=Feedback(sweeps=2)).dequantize()
+    assert float((found - w).square().mean()) < 0.2  # near the weight; 1 would be noise
 
 
 @pytest.mark.parametrize("kind", ["random", "rank-deficient", "dead channels", "single sample", "huge", "tiny"])

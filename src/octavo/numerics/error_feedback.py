@@ -5,7 +5,7 @@ Legend: I inputs, O outputs; inside, weights are ``(in_features, out_features)``
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -59,18 +59,19 @@ def round_with_feedback(
     """
     grid = WeightGrid.of(tuple(weight.shape), fmt, scale, zero_point)
     weight_IO = weight.float().T.contiguous()
-    rounded = _hand_on(weight_IO, gram, grid, options)
+    rounded, damping = _hand_on(weight_IO, gram, grid, options)
     if options.sweeps:
-        _descend(weight_IO, rounded, gram, grid, options)
+        _descend(weight_IO, rounded, gram, grid, replace(options, damping=damping))
     return grid.codes(rounded)
 
 
-def _hand_on(weight_IO: Tensor, gram: Tensor, grid: WeightGrid, options: Feedback) -> Tensor:
+def _hand_on(weight_IO: Tensor, gram: Tensor, grid: WeightGrid, options: Feedback) -> tuple[Tensor, float]:
+    """What GPTQ finds, and the damping that the Gram matrix took."""
     width = weight_IO.shape[0]
     order = torch.arange(width, device=gram.device)
     if options.act_order:
         order = gram.diagonal().argsort(descending=True, stable=True)
-    upper = feedback(gram[order][:, order], options.damping)
+    upper, damping = feedback(gram[order][:, order], options.damping)
     columns, left, rounded = order.tolist(), weight_IO[order], torch.empty_like(weight_IO)
     for start in range(0, width, options.block_size):
         stop = min(start + options.block_size, width)
@@ -81,7 +82,7 @@ def _hand_on(weight_IO: Tensor, gram: Tensor, grid: WeightGrid, options: Feedbac
             errors[at - start] = error = (left[at] - nearest) / upper[at, at]
             left[at + 1 : stop].addr_(upper[at, at + 1 : stop], error, alpha=-1)
         left[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
-    return rounded
+    return rounded, damping
 
 
 def _descend(weight_IO: Tensor, rounded: Tensor, gram: Tensor, grid: WeightGrid, options: Feedback) -> None:

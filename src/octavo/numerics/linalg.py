@@ -13,11 +13,11 @@ _MOST_TRIES = 12
 
 
 def normalized(gram: Tensor) -> Tensor:
-    """fp64, symmetric, with a mean diagonal of 1; the identity where nothing was seen."""
+    """fp64, symmetric, with a mean diagonal of 1; the identity where nothing was seen, or sums have overflowed."""
     gram = gram.double()
     gram = (gram + gram.T) / 2
     mean = gram.diagonal().mean()
-    if not bool(mean > 0):
+    if not bool((mean > 0) & gram.isfinite().all()):
         return torch.eye(gram.shape[0], dtype=torch.float64, device=gram.device)
     return gram / mean
 
@@ -31,24 +31,33 @@ def damped(gram: Tensor, damping: float) -> Tensor:
 
 def factor(gram: Tensor, damping: float) -> Tensor:
     """Lower triangular ``L`` with ``L L^T = damped(gram)``, fp64; with ten times the damping as often as it takes."""
+    return _factored(gram, damping)[0]
+
+
+def _factored(gram: Tensor, damping: float) -> tuple[Tensor, float]:
+    """``factor``, and the damping that it took."""
     for attempt in range(_MOST_TRIES):
-        lower, failed = torch.linalg.cholesky_ex(damped(gram, damping * 10**attempt))
+        used = damping * 10**attempt
+        lower, failed = torch.linalg.cholesky_ex(damped(gram, used))
         if not bool(failed) and bool(lower.isfinite().all()):
             assert isinstance(lower, Tensor)
-            return lower
-    return torch.eye(gram.shape[0], dtype=torch.float64, device=gram.device)
+            return lower, used
+    return torch.eye(gram.shape[0], dtype=torch.float64, device=gram.device), damping * 10**_MOST_TRIES
 
 
-def feedback(gram: Tensor, damping: float) -> Tensor:
+def feedback(gram: Tensor, damping: float) -> tuple[Tensor, float]:
     """Upper triangular ``U`` with ``U^T U = damped(gram)^-1``, fp32: how GPTQ spreads an error over later columns.
 
     One factorization and one triangular inverse: with columns reversed, ``G = R R^T`` for an upper ``R``, and ``U`` is
     its inverse.
+
+    Returns:
+        ``U``, and the damping that it took: more than ``damping`` for what is no Gram matrix.
     """
-    reversed_lower = factor(gram.flip(0, 1), damping)
+    reversed_lower, used = _factored(gram.flip(0, 1), damping)
     eye = torch.eye(gram.shape[0], dtype=torch.float64, device=gram.device)
     inverse: Tensor = torch.linalg.solve_triangular(reversed_lower, eye, upper=False)
-    return inverse.flip(0, 1).float()
+    return inverse.flip(0, 1).float(), used
 
 
 def compensated(weight: Tensor, gram: Tensor, drift: Tensor, damping: float) -> Tensor:
@@ -68,7 +77,7 @@ def compensated(weight: Tensor, gram: Tensor, drift: Tensor, damping: float) -> 
         fp32 of ``weight``'s shape.
     """
     mean = gram.double().diagonal().mean()
-    if not bool(mean > 0):
+    if not bool((mean > 0) & gram.isfinite().all() & drift.isfinite().all()):
         return weight.float()
     lower = factor(gram, damping)
     moved = weight.double() @ (drift.double() / mean)
