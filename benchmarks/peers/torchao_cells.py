@@ -27,15 +27,16 @@ def plain(config: Callable[[], Any], dtype: torch.dtype = torch.float32) -> Meth
     return quantize
 
 
-def in_steps(make: Callable[[str], Any], first: str, second: str) -> Method:
-    """By observers that are inserted, fed, and converted."""
+def in_steps(make: Callable[[str], Any], *steps: str) -> Method:
+    """By observers that are inserted, fed before every further step, and converted."""
 
     def quantize(model: nn.Module, draw: Draw) -> nn.Module:
         from torchao.quantization import quantize_
 
-        quantize_(model, make(first), filter_fn=is_linear)
-        draw.run(model)
-        quantize_(model, make(second), filter_fn=is_linear)
+        for step in steps:
+            if step != steps[0]:
+                draw.run(model)
+            quantize_(model, make(step), filter_fn=is_linear)
         return model
 
     return quantize
@@ -45,7 +46,8 @@ def smoothquant(step: str) -> Any:
     from torchao.prototype.smoothquant import SmoothQuantConfig
     from torchao.quantization import Int8StaticActivationInt8WeightConfig, PerRow, PerTensor
 
-    return SmoothQuantConfig(Int8StaticActivationInt8WeightConfig(granularity=[PerTensor(), PerRow()]), step)
+    base = Int8StaticActivationInt8WeightConfig(granularity=[PerTensor(), PerRow()])
+    return SmoothQuantConfig(base, step, use_running_absmax=True)  # its other observer wants texts of one length
 
 
 def intx(group_size: int, **options: Any) -> Any:
@@ -103,7 +105,7 @@ def w4a8() -> Any:
 
 
 METHODS: dict[str, Method] = {
-    "int8 smoothquant": in_steps(smoothquant, "prepare", "convert"),
+    "int8 smoothquant": in_steps(smoothquant, "prepare", "prepare_for_smoothquant_smoothing_factor", "convert"),
     "int4-group128 plain": plain(lambda: intx(128)),
     "int4-group128 hqq": plain(lambda: hqq(128)),
     "int4-group128 awq": in_steps(awq(128), "prepare", "convert"),

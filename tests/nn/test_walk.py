@@ -331,3 +331,24 @@ def test_strip_after_steps_needs_the_originals() -> None:
     octavo.quantize(model, recipe, [batch])
     with pytest.raises(UserError, match="the weights were changed by smoothquant"):
         octavo.strip(model)
+
+
+def test_padding_is_in_no_sum():
+    model, batch = made("bert")
+    ids = batch["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[0, ids.shape[1] // 2 :] = 0
+    with Store() as store:
+        door = prepared(model, {**batch, "attention_mask": mask})
+        block = next(iter(walked(door, [{**batch, "attention_mask": mask}], store)))
+        block.gather(frozenset({Need.GRAM}))
+        found = block.statistics(block.layers()[0])
+    assert found.count == int(mask.sum()) < mask.numel()
+    # what padding holds changes no sum
+    other = torch.where(mask.bool(), ids, (ids + 7) % model.config.vocab_size)
+    with Store() as store:
+        door = prepared(made("bert")[0], {**batch, "input_ids": other, "attention_mask": mask})
+        block = next(iter(walked(door, [{**batch, "input_ids": other, "attention_mask": mask}], store)))
+        block.gather(frozenset({Need.GRAM}))
+        again = block.statistics(block.layers()[0])
+    torch.testing.assert_close(again.gram, found.gram)

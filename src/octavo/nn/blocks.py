@@ -41,6 +41,10 @@ class Feed(Protocol):
     num_batches: int
     has_successor: bool
 
+    def tokens(self, index: int) -> Tensor | None:
+        """``(batch, length)``: which positions of one batch hold no padding; ``None`` where all do, or nobody knows."""
+        ...
+
     def run(self, index: int, *, full: bool = False) -> Tree:
         """The forward on one batch; ``full``: on the inputs of the unquantized path."""
         ...
@@ -374,6 +378,7 @@ class TorchBlock:
         ears = Ears(self._layers, needs, self.feed.num_batches, pairs=Need.CROSS in needs and self._keeps_full)
         with self._listening(ears), self._modes(self._observing_mode):
             for index in self.inputs():
+                ears.tokens = self.feed.tokens(index)
                 if self._keeps_full:
                     with ears.first_of_pair(), self._modes(lambda q: Mode.OFF):
                         output = self.feed.run(index, full=True)

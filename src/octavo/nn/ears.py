@@ -34,6 +34,8 @@ class Ears:
         self._heard: dict[tuple[int, int], tuple[Tensor, int, str]] = {}
         self._is_first = False
         self._first: dict[str, list[Tensor]] = {}
+        self.tokens: Tensor | None = None
+        """``(batch, length)``: which positions of the batch that runs hold no padding; ``None`` for all."""
 
     def hear(self, name: str, x: Tensor) -> None:
         """Layer ``name`` reads ``x``."""
@@ -47,7 +49,7 @@ class Ears:
             self._first.setdefault(name, []).append(rows)
             return
         full = self._first[name].pop(0) if Need.CROSS in self.needs else None
-        self._take(name, rows, full, self.needs)
+        self._take(name, x, (rows, full), self.needs)
 
     def hear_part(self, name: str, x: Tensor, part: int, rows: Tensor) -> None:
         """One matrix of a stack, or a weight of a functional call, reads ``rows`` of ``x``.
@@ -55,7 +57,7 @@ class Ears:
         Which rows an expert gets differs between two paths through the model, so there are no pairs of them.
         """
         if not self._is_first and self._leads(name, x, part, lambda: rows.shape[-1]):
-            self._take(name, rows, None, self.needs - {Need.CROSS})
+            self._take(name, x, (rows, None), self.needs - {Need.CROSS})
 
     def _leads(self, name: str, x: Tensor, part: int, num_channels: Callable[[], int]) -> bool:
         """Whether ``name`` is the first of those that read ``x``."""
@@ -69,9 +71,14 @@ class Ears:
             self.channels[name] = num_channels()
         return self.leader[name] == name
 
-    def _take(self, name: str, rows: Tensor, full: Tensor | None, needs: frozenset[Need]) -> None:
+    def _take(self, name: str, x: Tensor, pair: tuple[Tensor, Tensor | None], needs: frozenset[Need]) -> None:
+        rows, full = pair
+        tokens = self.tokens
+        # each row is one position of the text: not so for what an expert gets
+        is_text = tokens is not None and x.shape[:2] == tokens.shape and rows.shape[0] == tokens.numel()
+        kept = tokens.flatten().to(rows.device) if tokens is not None and is_text else None
         try:
-            self.gatherers.setdefault(name, Gatherer(needs, self.num_batches)).update(rows, full)
+            self.gatherers.setdefault(name, Gatherer(needs, self.num_batches)).update(rows, full, kept)
         except NotFiniteError as error:
             raise NotFiniteError(f"layer '{name}': {error}") from error
 

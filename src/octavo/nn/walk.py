@@ -9,7 +9,7 @@ every layer is computed once for each pass, whatever the model looks like, and i
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -91,7 +91,11 @@ class Walk:
         self.store = store
         self.is_quantized = is_quantized
         self.keeps_full = keeps_full and is_quantized
-        self.batches = [KeptTree.of(Tree.of(batch), store) for batch in batches]
+        self.batches: list[KeptTree] = []
+        self.tokens: list[Tensor | None] = []
+        for batch in batches:
+            self.tokens.append(tokens_of(batch))
+            self.batches.append(KeptTree.of(Tree.of(batch), store))
         self.num_batches = len(self.batches)
         self._sample: Tree | None = None
         self.structure = self._find_structure()
@@ -344,6 +348,19 @@ def _close(one: Tensor, other: Tensor) -> bool:
     return bool(torch.allclose(one, other, rtol=1e-3, atol=1e-3 * size))
 
 
+def tokens_of(batch: Any) -> Tensor | None:
+    """``(batch, length)``: which positions hold text and no padding; ``None`` where a batch does not say, or all do."""
+    match batch:
+        case Mapping():
+            mask = None if "decoder_input_ids" in batch else batch.get("attention_mask")
+            is_known = isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all())
+            return mask.bool() if isinstance(mask, Tensor) and is_known else None
+        case tuple() | list():
+            return next((mask for part in batch if (mask := tokens_of(part)) is not None), None)
+        case _:
+            return None
+
+
 def _plain(output: Any) -> Any:
     """diffusers' outputs are objects; their tensors are in their fields."""
     return vars(output) if type(output).__module__.startswith("diffusers") else output
@@ -357,6 +374,10 @@ class SegmentFeed:
         self._segment = segment
         self.num_batches = len(walk.batches)
         self.has_successor = segment < len(walk.structure.chains)
+
+    def tokens(self, index: int) -> Tensor | None:
+        """See ``Feed.tokens``."""
+        return self._walk.tokens[index]
 
     def run(self, index: int, *, full: bool = False) -> Tree:
         """See ``Feed.run``."""
@@ -391,6 +412,10 @@ class MemberFeed:
         self.num_batches = len(walk.batches)
         self.has_successor = True
         self._next: dict[bool, list[KeptTree]] = {False: [], True: []}
+
+    def tokens(self, index: int) -> Tensor | None:
+        """See ``Feed.tokens``."""
+        return self._walk.tokens[index]
 
     def run(self, index: int, *, full: bool = False) -> Tree:
         """See ``Feed.run``."""

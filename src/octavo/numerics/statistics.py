@@ -1,6 +1,7 @@
 """What algorithms may know of a layer's input: sums over every row that reached it, gathered in one pass.
 
-A *row* is one vector that meets the weight: a token of a linear layer, an unfolded patch of a convolution.
+A *row* is one vector that meets the weight: a token of a linear layer, an unfolded patch of a convolution. Sums leave
+padding out where a batch says by ``attention_mask`` what padding is.
 """
 
 from __future__ import annotations
@@ -136,8 +137,11 @@ class Gatherer:
         self._parts: dict[str, Tensor] = {}
         self.count = 0
 
-    def update(self, rows: Tensor, full: Tensor | None = None) -> None:
+    def update(self, rows: Tensor, full: Tensor | None = None, kept: Tensor | None = None) -> None:
         """Take in ``(num_rows, in_features)`` of any float dtype, and the same rows from the unquantized path.
+
+        ``kept`` (``(num_rows,)``, bool) leaves rows of padding out of all sums. Ranges are of every row: the model will
+        read such rows, too.
 
         Raises:
             NotFiniteError: NaN or inf among them; nothing of them was taken in.
@@ -148,9 +152,13 @@ class Gatherer:
         low, high = rows.aminmax(dim=0)
         if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
             raise NotFiniteError("the input holds NaN or inf")
-        self.count += rows.shape[0]
         self._extreme("low", low, torch.minimum)
         self._extreme("high", high, torch.maximum)
+        if kept is not None:
+            rows, full = rows[kept], None if full is None else full[kept]
+        self.count += rows.shape[0]
+        if not rows.shape[0]:
+            return
         if Need.MEAN in self.needs:
             self._add("total", rows.sum(0))
         if self.needs & {Need.GRAM, Need.SAMPLED_GRAM}:
