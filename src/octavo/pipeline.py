@@ -52,7 +52,7 @@ from octavo.spec.experts import rare_experts
 from octavo.spec.plan import Decision, Plan
 from octavo.spec.recipe import Recipe, load_recipe, read_recipe
 from octavo.spec.records import ExpertsRecord, MetricRecord, RunRecord, SensitivityRecord
-from octavo.spec.resolve import for_target, resolve
+from octavo.spec.resolve import for_target, resolve, with_sums
 from octavo.spec.select import quantizer_name
 from octavo.spec.steps import fused_rotation
 from octavo.spec.targets import Target, target_named
@@ -508,8 +508,9 @@ def _refuse_other_target(the_plan: Plan, target: str, layout: str) -> None:
     wanted = target_named(target)
     if not target or target == the_plan.target:
         return
-    for decision in the_plan.decisions:
-        why = _other_meaning(decision, target_named(the_plan.target), wanted)
+    wanted_of_all = with_sums([for_target(decision, wanted) for decision in the_plan.decisions], wanted)
+    for decision, asked in zip(the_plan.decisions, wanted_of_all, strict=True):
+        why = _other_meaning(decision, asked, target_named(the_plan.target), wanted)
         if why:
             raise UserError(
                 f"this run was made for {the_plan.target or 'any target'}: {why}. Quantize for it:  octavo quantize "
@@ -517,9 +518,8 @@ def _refuse_other_target(the_plan: Plan, target: str, layout: str) -> None:
             )
 
 
-def _other_meaning(decision: Decision, made: Target, wanted: Target) -> str:
+def _other_meaning(decision: Decision, asked: Decision, made: Target, wanted: Target) -> str:
     """What of a decision would mean something else on ``wanted`` than it was simulated as; empty when nothing would."""
-    asked = for_target(decision, wanted)
     if asked != decision:
         slot = next(slot for slot in asked.scheme if asked.scheme[slot] != decision.scheme.get(slot))
         name = quantizer_name(decision.site.name, slot)

@@ -13,10 +13,11 @@ from torch import nn
 from octavo import pipeline
 from octavo.errors import UserError
 from octavo.onnx.door import OnnxDoor
+from octavo.onnx.fusion import fusion_of
 from octavo.sources import open_data, open_model
 from octavo.sources.graphs import GraphModule
 from octavo.spec.facts import Slot
-from onnx import GraphProto, TensorProto, helper
+from onnx import GraphProto, NodeProto, TensorProto, helper
 
 X = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
@@ -251,3 +252,32 @@ def test_activations_that_onnxruntime_cannot_simulate_are_refused_before_any_wor
     model = open_model(helper_graph(tmp_path / "g.onnx"))
     with pytest.raises(UserError, match=r"'a.input_quantizer' is nvfp4.*quantize the torch model"):
         pipeline.quantize(model, "nvfp4", [{"x": torch.randn(4, 128)}])
+
+
+def test_a_residual_sum_has_the_convolution_on_its_left_and_what_skips_it_on_its_right(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    names = ("stem", "inner", "last")
+    weights = [tensor(f"{n}.weight", rng.standard_normal((4, 4, 3, 3)).astype(np.float32)) for n in names]
+
+    def conv(name: str, source: str, out: str) -> NodeProto:
+        return helper.make_node("Conv", [source, f"{name}.weight"], [out], pads=[1, 1, 1, 1], name=f"/{name}/Conv")
+
+    nodes = [
+        conv("stem", "x", "a"),
+        helper.make_node("Relu", ["a"], ["b"]),
+        conv("inner", "b", "c"),
+        helper.make_node("Add", ["b", "c"], ["d"]),
+        helper.make_node("Relu", ["d"], ["e"]),
+        conv("last", "e", "f"),
+        helper.make_node("Add", ["f", "x"], ["y"]),  # what comes from outside is no residual of a convolution
+    ]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 4, 8, 8]) for name in ("x", "y")]
+    path = write(helper.make_graph(nodes, "sums", ends[:1], ends[1:], weights), tmp_path / "sums.onnx", opset=17)
+    x = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    run = pipeline.quantize(open_model(path), "int8", [x], target="onnxruntime-cpu")
+    sums = [decision for decision in run.plan.decisions if decision.site.operation == "add"]
+    assert [decision.site.adds for decision in sums] == [("inner", "stem")]
+    assert set(sums[0].scheme) == {Slot.LEFT, Slot.RIGHT, Slot.OUTPUT}
+    out = pipeline.export(run, tmp_path / "onnx", layout="onnx")
+    assert pipeline.verify(out, run, [x]).agrees
+    assert fusion_of(out / "model.onnx").kernels["QLinearAdd"] == 1

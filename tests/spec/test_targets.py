@@ -111,3 +111,42 @@ def test_a_plan_says_where_sums_of_bytes_saturate(recipe: str, target: str, satu
     said = [warning for warning in plan.warnings if "saturate" in warning]
     assert bool(said) == saturates
     assert all("--target onnxruntime-cpu" in warning for warning in said)
+
+
+def _residual() -> ModelFacts:
+    """stem -> first -> (+ stem) -> second, a sum of what convolutions give."""
+    convs = [
+        SiteFacts(name, "conv", "Conv", SITE.slots, weight_shape=(8, 72), parameters={f"{name}.weight": 576})
+        for name in ("stem", "first", "second")
+    ]
+    slots = (Slot.LEFT, Slot.RIGHT, Slot.OUTPUT)
+    add = SiteFacts("sum", "add", "Add", slots, adds=("first", "stem"))
+    return ModelFacts("m", "M", (*convs[:2], add, convs[2]), 1728, 6912, True)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "target", "expected"),
+    [
+        ("int8", "", set()),
+        ("int8", "onnxruntime-cpu", {Slot.LEFT, Slot.RIGHT, Slot.OUTPUT}),
+        ("int8", "onnxruntime-cpu-vnni", {Slot.LEFT, Slot.RIGHT, Slot.OUTPUT}),
+        ("int8-dynamic", "onnxruntime-cpu", set()),
+        ("int8-weight-only", "onnxruntime-cpu", set()),
+        ("int8", "tensorrt", {Slot.RIGHT}),
+        ("int8-weight-only", "tensorrt", set()),
+        ("int8", "onnxruntime-cuda", set()),
+    ],
+)
+def test_residual_sums_get_what_the_target_wants(recipe: str, target: str, expected: set[Slot]) -> None:
+    plan = resolve(load_recipe(recipe), _residual(), target)
+    decision = plan.decision("sum")
+    assert set(decision.scheme) == expected
+    if expected:
+        assert decision.rule == f"target {target}"
+        assert {str(spec) for spec in decision.scheme.values()} == {str(plan.decision("stem").scheme[Slot.INPUT])}
+
+
+def test_a_residual_sum_stays_in_float_where_a_rule_or_a_source_does() -> None:
+    for leave in ("sum", "stem"):
+        plan = resolve(load_recipe("int8").leave(leave), _residual(), "onnxruntime-cpu")
+        assert not plan.decision("sum").scheme

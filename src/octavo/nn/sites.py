@@ -138,7 +138,7 @@ def _module_sites(
             obstacle=reason,
         )
         if parameters or kind.operation != "norm":
-            reads = seen.reads.get(path, -1) if seen and kind.operation == "linear" else -1
+            reads = seen.reads.get(path, -1) if seen and kind.operation in ("linear", "conv") else -1
             yield Site(facts, path, key, view, is_read=_is_read_outside(key, seen), reads=reads)
     elif parameters:
         yield _other(path or ROOT, module, parameters, path, seen)

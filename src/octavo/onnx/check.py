@@ -22,7 +22,7 @@ from octavo.numerics.snapshot import LayerSnapshot
 from octavo.onnx import tensorrt
 from octavo.onnx.codes import NodeAgreement, compare_codes
 from octavo.onnx.engine import Engine
-from octavo.onnx.fake_quantize import QUANTIZER
+from octavo.onnx.fake_quantize import ALSO, QUANTIZER
 from octavo.onnx.fusion import fusion_of
 from octavo.onnx.layout import MANIFEST
 from octavo.onnx.lower import AXES, WEIGHT
@@ -213,7 +213,8 @@ def _compare_weights(path: Path, agreement: GraphAgreement, layers: Mapping[str,
 
 def _lost(graphs: Iterable[Path], layers: _Layers) -> tuple[str, ...]:
     """Static activation quantizers that no graph has; of layers that read one tensor one is enough."""
-    there = {node.metadata_props.get(QUANTIZER) for path in graphs for node in ir.load(path).graph}
+    notes = [node.metadata_props for path in graphs for node in ir.load(path).graph]
+    there = {note.get(QUANTIZER) for note in notes} | {n for note in notes for n in note.get(ALSO, "").splitlines()}
     wanted = [
         (quantizer_name(layer.name, slot), layer.fusion_group if slot is Slot.INPUT else "")
         for layer in layers.values()

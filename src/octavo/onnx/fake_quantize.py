@@ -20,6 +20,8 @@ DOMAIN = "octavo"
 NAME = "FakeQuantize"
 QUANTIZER = "octavo.quantizer"
 """Metadata of a node: the full name of the quantizer that it stands for."""
+ALSO = "octavo.also"
+"""Metadata of the same node: names of others, line by line, that round the same tensor alike."""
 
 
 def _schema() -> onnx.defs.OpSchema:

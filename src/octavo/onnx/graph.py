@@ -27,6 +27,7 @@ _NORMS = frozenset(
     )
 )
 _BETWEEN = frozenset(("Mul", "Div", "Add", "Where", "Cast", "Softcap", "Identity", "Max", "Sub", "IsNaN"))
+_SELECTING = frozenset(("Relu", "Clip", "MaxPool", "Identity"))
 _GENERATED = re.compile(r"(onnx::|val_|_v_|const|initializer|\d+$)")
 
 
@@ -91,6 +92,7 @@ class _Finder:
         self.owners: dict[str, str] = {}  # initializer -> site
         self.names: dict[str, int] = {}
         self.readers: dict[str, list[int]] = {}  # tensor -> sites that read it
+        self.makers: dict[ir.Node, str] = {}  # convolutions and residual sums -> their sites
 
     def look_at(self, node: ir.Node) -> None:
         match node.op_type:
@@ -113,6 +115,8 @@ class _Finder:
                 slots = {Slot.QUERY: 0, Slot.KEY: 1, Slot.VALUE: 2}
                 operands = {slot: Operand(node, index) for slot, index in slots.items()}
                 self._add(node, "attention", operands | {Slot.ATTENTION_OUTPUT: Operand(node, 0, True)})
+            case "Add" if len(sources := [self._source(value) for value in node.inputs]) == 2 and all(sources):
+                self._sum(node, [name for name in sources if name])
             case kind if kind in _NORMS:
                 self._add(node, "norm", {Slot.INPUT: Operand(node, 0), Slot.OUTPUT: Operand(node, 0, True)})
 
@@ -136,6 +140,7 @@ class _Finder:
         kind = "conv_transposed" if is_transposed else "conv"
         operands = _operands(node) | {Slot.OUTPUT: Operand(_activation(node), 0, True)}
         self._add(node, kind, operands, weight, MatrixView(_shape(weight), is_transposed))
+        self.makers[node] = self.sites[-1].facts.name
 
     def _attention(self, first: ir.Node, second: ir.Node) -> None:
         operands = {
@@ -146,6 +151,35 @@ class _Finder:
             Slot.ATTENTION_OUTPUT: Operand(second, 0, True),
         }
         self._add(first, "attention", operands)
+
+    def _sum(self, node: ir.Node, sources: list[str]) -> None:
+        """A residual sum: on its left what a convolution gives to nobody else, on its right what skipped that."""
+        alone = [self._is_only_added(value) for value in node.inputs]
+        first = 1 if alone == [False, True] else 0
+        operands = {
+            Slot.LEFT: Operand(node, first),
+            Slot.RIGHT: Operand(node, 1 - first),
+            Slot.OUTPUT: Operand(_activation(node), 0, True),
+        }
+        scope = _scope(node)
+        number = sum(site.facts.operation == "add" and _scope(site.product) == scope for site in self.sites)
+        name = f"{scope or '(model)'}#add{number}"
+        adds = (sources[first], sources[1 - first])
+        facts = SiteFacts(self._unique(name), "add", node.op_type, tuple(operands), adds=adds)
+        self.makers[node] = facts.name
+        self.sites.append(GraphSite(facts, operands, None, node))
+
+    def _source(self, value: ir.Value | None) -> str:
+        """The convolution or sum that gave ``value``, perhaps through what only selects values; empty for neither."""
+        node = value.producer() if value is not None else None
+        while node is not None and node.op_type in _SELECTING:
+            node = node.inputs[0].producer() if node.inputs[0] is not None else None
+        return self.makers.get(node, "") if node is not None else ""
+
+    def _is_only_added(self, value: ir.Value | None) -> bool:
+        """Whether a convolution gives ``value`` to one reader alone."""
+        maker = value.producer() if value is not None else None
+        return value is not None and maker is not None and maker.op_type == "Conv" and len(value.uses()) == 1
 
     def _left(self, node: ir.Node, weight: ir.Value, obstacle: str) -> None:
         self._add(node, "other", {}, weight, obstacle=obstacle)
@@ -280,12 +314,17 @@ def _site_name(node: ir.Node, weight: ir.Value | None) -> str:
     bias = next((v.name for v in _own_parameters(node, weight) if v.name and "." in v.name), None)
     if weight is not None and bias and not _GENERATED.match(bias):
         return _stem(bias)
-    scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
-    if len(scopes) > 1 and scopes[-2]:
-        return str(scopes[-2])
+    if scope := _scope(node):
+        return scope
     name = (node.name or node.outputs[0].name or node.op_type).strip("/").replace("/", ".")
     head, _, tail = name.rpartition(".")
     return head if head and tail.startswith(node.op_type) else name
+
+
+def _scope(node: ir.Node | None) -> str:
+    """The module where the exporter met ``node``; empty where it does not say."""
+    scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]")) if node is not None else []
+    return str(scopes[-2]) if len(scopes) > 1 else ""
 
 
 def _stem(name: str) -> str:

@@ -23,6 +23,7 @@ from octavo.numerics.qtensor import QTensor, quantize
 from octavo.onnx.biases import integer_biases
 from octavo.onnx.dynamic import Build, dynamic_nodes
 from octavo.onnx.fake_quantize import (
+    ALSO,
     DOMAIN,
     QUANTIZER,
     constant,
@@ -187,6 +188,8 @@ class _Writer:
             x = self.put(node, "Clip", [x, *ends], f"{name}.clip").outputs[0]
         codes = self.put(node, "QuantizeLinear", [x, step, zero], f"{name}.quantize")
         codes.metadata_props[QUANTIZER] = name
+        if ALSO in node.metadata_props:
+            codes.metadata_props[ALSO] = node.metadata_props[ALSO]
         return self.put(node, "DequantizeLinear", [codes.outputs[0], step, zero], f"{name}.dequantize").outputs[0]
 
     def _replace(self, node: ir.Node, value: ir.Value) -> None:

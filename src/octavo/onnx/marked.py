@@ -13,7 +13,7 @@ from torch import Tensor
 from octavo.backends.simulate import format_key
 from octavo.numerics.arrays import array_of
 from octavo.numerics.qtensor import QTensor
-from octavo.onnx.fake_quantize import DOMAIN, NAME, QUANTIZER, operand
+from octavo.onnx.fake_quantize import ALSO, DOMAIN, NAME, QUANTIZER, operand
 from octavo.onnx.graph import GraphSite, Operand
 from octavo.onnx.lower import Style, lower
 from octavo.onnx.storage import BASE_OPSET
@@ -106,9 +106,12 @@ class _Copy:
         source = node.inputs[at.index]
         assert source is not None
         if self._is_rounded(source, spec, known):
+            _serve(source, name)
             return
         key = (source.name, spec.format, None if known is None else float(known[0]))
-        if key not in self._shared:
+        if key in self._shared:
+            _serve(self._shared[key], name)
+        else:
             self._shared[key] = self._fake(name, spec, source, known)
         node.replace_input_with(at.index, self._shared[key])
 
@@ -167,6 +170,14 @@ class _Copy:
         value = ir.Value(name=name, shape=data.shape, type=ir.TensorType(data.dtype), const_value=data)
         self.model.graph.register_initializer(value)
         return value
+
+
+def _serve(value: ir.Value, name: str) -> None:
+    """Note at the quantizer that gives ``value`` that it stands for another, too."""
+    maker = value.producer()
+    assert maker is not None
+    known = maker.metadata_props.get(ALSO)
+    maker.metadata_props[ALSO] = name if known is None else f"{known}\n{name}"
 
 
 def _cloned(model: ir.Model) -> ir.Model:

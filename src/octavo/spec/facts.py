@@ -55,7 +55,7 @@ class SiteFacts:
     Args:
         name: Stable dotted name: the module's path; ``path#operation`` with a number for further sites in one module.
         operation: ``linear``, ``conv``, ``conv_transposed``, ``embedding``, ``recurrent``, ``attention``, ``matmul`` (a
-            product of two activations), ``norm``, ``activation``, ``other``.
+            product of two activations), ``add`` (a sum of what convolutions give), ``norm``, ``activation``, ``other``.
         type_name: Class name of the module (what ``type:`` patterns match); ``base_types`` its base classes' names.
         slots: Slots that a rule may give a quantizer.
         weight_shape: ``(out_features, in_features)`` view of the weight, empty without one.
@@ -68,6 +68,7 @@ class SiteFacts:
         obstacle: Why nothing here can be quantized (a subclass with its own forward, ...), empty for none.
         role: Router of experts, or adapter beside a frozen layer; ``None`` for an ordinary site.
         unreached: The part of the model that did not run on the sample and holds this site; empty when it ran.
+        adds: Of an ``add`` the sites whose outputs it sums: on its left a convolution, on its right what skipped that.
     """
 
     name: str
@@ -86,6 +87,7 @@ class SiteFacts:
     obstacle: str = ""
     unreached: str = ""
     role: Role | None = None
+    adds: tuple[str, ...] = ()
 
     @property
     def is_apart(self) -> bool:

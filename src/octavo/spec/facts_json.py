@@ -21,7 +21,7 @@ def site_from_dict(data: Mapping[str, Any]) -> SiteFacts:
     fields = dict(data)
     fields["name"] = fields.get("name", "")
     fields["slots"] = tuple(Slot(value) for value in fields.get("slots", ()))
-    for name in ("base_types", "weight_shape", "shares_input_with"):
+    for name in ("base_types", "weight_shape", "shares_input_with", "adds"):
         fields[name] = tuple(fields.get(name, ()))
     fields["role"] = Role(fields["role"]) if fields.get("role") else None
     return SiteFacts(**fields)

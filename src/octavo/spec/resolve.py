@@ -9,7 +9,8 @@ How rules combine, for every slot of every site:
    reaches these only through a pattern that matches nothing else (``operation:norm``, ``*.layer_norm1``, ``*.router``),
    never through a broad one (``*input_quantizer``).
 4. A site with an obstacle stays as it is, and says why. A site that uses another's parameter is decided there.
-5. A target rewrites what the rules gave: zero points, weight bits, granularity (``spec/targets.py``).
+5. A target rewrites what the rules gave: zero points, weight bits, granularity (``spec/targets.py``). It adds what it
+   wants besides: outputs of convolutions, residual sums that no rule speaks of.
 6. A double quantization among the recipe's steps rewrites the formats of scales (``spec/double_quantization.py``).
 7. Every pattern of a rule must match something, and every slot of a scheme must exist at one of the selected sites,
    unless the rule is optional. A format that does not fit a weight, and a recipe that quantizes nothing, are errors.
@@ -48,7 +49,7 @@ def resolve(recipe: Recipe, facts: ModelFacts, target: str = "") -> Plan:
     """
     runtime = target_named(target)
     rules = [_bind(recipe, index, facts) for index in range(len(recipe.rules))]
-    decisions = tuple(for_target(_decide(site, rules), runtime) for site in facts.sites)
+    decisions = with_sums([for_target(_decide(site, rules), runtime) for site in facts.sites], runtime)
     decisions = with_branches(with_doubled_scales(decisions, recipe.steps), recipe.steps)
     _refuse_misfits(decisions)
     warnings = (*_warnings(rules, facts), *_unreached(decisions), *_costs(decisions), *_saturating(decisions, runtime))
@@ -184,6 +185,19 @@ def for_target(decision: Decision, target: Target) -> Decision:
     if problem:
         raise UserError(problem)
     return replace(decision, scheme=scheme)
+
+
+def with_sums(decisions: Sequence[Decision], target: Target) -> tuple[Decision, ...]:
+    """Decisions in which residual sums that no rule speaks of get what the target wants of them."""
+    known: dict[str, Decision] = {}
+    for decision in decisions:
+        site = decision.site
+        if site.adds and not decision.scheme and not decision.rule:
+            scheme = target.residual(site, [known[name].scheme if name in known else {} for name in site.adds])
+            if scheme:
+                decision = Decision(site, scheme, f"target {target.name}")
+        known[site.name] = decision
+    return tuple(known.values())
 
 
 def _apply(bound: _BoundRule, site: SiteFacts, draft: _Draft) -> None:

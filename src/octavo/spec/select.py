@@ -8,7 +8,7 @@ written                 means
 ``re:layers\\.[0-3]\\..*``  regular expression that matches the whole name
 ``type:Linear``         glob on the class name of the module or of one of its base classes
 ``operation:conv*``     glob on the operation: linear, conv, conv_transposed, embedding, recurrent, attention, matmul,
-                        norm, activation, other
+                        add, norm, activation, other
 ======================  ==========================================================================
 
 A glob or a regular expression may name a site (``encoder.layers.0.mlp.fc1``), one of its quantizers

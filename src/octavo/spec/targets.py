@@ -7,7 +7,7 @@ is simulated, so that what was judged is what is deployed. Every rule names wher
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -28,6 +28,14 @@ class ZeroPoints(Enum):
     AS_ASKED = "as the recipe says"
     NONE = "symmetric"
     WANTED = "asymmetric"
+
+
+class Sums(Enum):
+    """What a target wants of sums of what quantized convolutions give (residual connections)."""
+
+    IN_FLOAT = "nothing quantized"
+    SKIP = "what skips the convolution quantized: the sum is fused into the convolution"
+    ALL = "both sides and the output quantized: the sum is computed in integers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +61,7 @@ class Target:
         quantizes_conv_outputs: A convolution of integers runs in integers only when its output is quantized, too.
         integer_biases: Biases of products of 8-bit integers are stored in INT32.
         quantizes_softmax: Attention in FP8 is fused only with its softmax in FP8, at scale 1/448.
+        sums: What it wants of residual sums.
         saturates: Sums of two products of bytes saturate in 16 bits; simulation knows it.
         symmetric_weights: Integer weights cannot have zero points.
         one_kind: A product takes integers with integers and small floats with small floats.
@@ -70,6 +79,7 @@ class Target:
     quantizes_conv_outputs: bool = False
     integer_biases: bool = False
     quantizes_softmax: bool = False
+    sums: Sums = Sums.IN_FLOAT
     saturates: bool = False
     symmetric_weights: bool = False
     one_kind: bool = False
@@ -115,6 +125,27 @@ class Target:
         if self.quantizes_softmax and value is not None and value.format.element == E4M3 and Slot.SOFTMAX in there:
             return {Slot.SOFTMAX: QuantizerSpec(scaled(E4M3, PerTensor()), observer=ObserverSpec("unit"))}
         return {}
+
+    def residual(self, site: SiteFacts, sources: Sequence[Mapping[Slot, QuantizerSpec]]) -> dict[Slot, QuantizerSpec]:
+        """Quantizers of a residual sum, as its sources have them; none where one of them is not quantized.
+
+        Args:
+            site: An ``add``.
+            sources: Schemes of ``site.adds``.
+        """
+        match self.sums:
+            case Sums.IN_FLOAT:
+                return {}
+            case Sums.ALL:
+                specs = [scheme.get(Slot.OUTPUT) for scheme in sources]
+                slots: tuple[Slot, ...] = (Slot.LEFT, Slot.RIGHT, Slot.OUTPUT)
+            case Sums.SKIP:
+                specs = [scheme.get(Slot.INPUT) or scheme.get(Slot.RIGHT) for scheme in sources]
+                slots = (Slot.RIGHT,)
+        given = specs[0] if specs else None
+        if given is None or given.is_dynamic or any(spec is None for spec in specs):
+            return {}
+        return dict.fromkeys(slots, given)
 
     def saturates_at(self, site: SiteFacts, scheme: Mapping[Slot, QuantizerSpec]) -> bool:
         """Whether sums at a site may saturate: 8-bit inputs with one scale meet 8-bit weights with one per output."""
@@ -171,6 +202,10 @@ _CONV = PlacementRule(
     "outputs of convolutions are quantized, behind a ReLU that follows: else the convolution computes in float",
     "https://github.com/microsoft/onnxruntime/tree/main/onnxruntime/core/optimizer/qdq_transformer/selectors_actions",
 )
+_SUMS = PlacementRule(
+    "sums of what quantized convolutions give: both sides and the output, which makes QLinearAdd",
+    "https://github.com/microsoft/onnxruntime/tree/main/onnxruntime/core/optimizer/qdq_transformer/selectors_actions",
+)
 _BIAS = PlacementRule("biases of Gemm and Conv in INT32 at the scale of the product, zero point 0", _ORT_QUANTIZATION)
 
 TARGETS: dict[str, Target] = {
@@ -185,7 +220,8 @@ TARGETS: dict[str, Target] = {
             unsigned_codes=True,
             quantizes_conv_outputs=True,
             integer_biases=True,
-            rules=(_U8S8, _SATURATION, _DYNAMIC, _CONV, _BIAS),
+            sums=Sums.ALL,
+            rules=(_U8S8, _SATURATION, _DYNAMIC, _CONV, _SUMS, _BIAS),
         ),
         Target(
             "onnxruntime-cpu-vnni",
@@ -195,7 +231,8 @@ TARGETS: dict[str, Target] = {
             unsigned_codes=True,
             quantizes_conv_outputs=True,
             integer_biases=True,
-            rules=(_U8S8, _DYNAMIC, _CONV, _BIAS),
+            sums=Sums.ALL,
+            rules=(_U8S8, _DYNAMIC, _CONV, _SUMS, _BIAS),
         ),
         Target(
             "onnxruntime-cpu-avx2",
@@ -205,8 +242,9 @@ TARGETS: dict[str, Target] = {
             unsigned_codes=True,
             quantizes_conv_outputs=True,
             integer_biases=True,
+            sums=Sums.ALL,
             saturates=True,
-            rules=(_U8S8, _SATURATES, _DYNAMIC, _CONV, _BIAS),
+            rules=(_U8S8, _SATURATES, _DYNAMIC, _CONV, _SUMS, _BIAS),
         ),
         Target(
             "onnxruntime-cuda",
@@ -223,7 +261,9 @@ TARGETS: dict[str, Target] = {
             symmetric_weights=True,
             one_kind=True,
             plain_block_scales=True,
+            sums=Sums.SKIP,
             rules=(
+                PlacementRule("what skips a convolution is quantized before it is added", _TENSORRT_TYPES),
                 PlacementRule("attention in FP8 is fused with the softmax at scale 1/448", _TENSORRT_TYPES),
                 PlacementRule("symmetric only: every zero point is 0", _TENSORRT_TYPES),
                 PlacementRule("activations per tensor, weights per channel or in blocks", _TENSORRT_TYPES),
