@@ -15,10 +15,14 @@ from octavo.spec.tensor_format import PerToken, TensorFormat
 
 @dataclass(frozen=True, slots=True)
 class Build:
-    """Makes nodes where a quantizer was: ``op(type, *inputs, **attributes)`` and ``const(value, type name)``."""
+    """Makes nodes where a quantizer was: ``op(type, *inputs, **attributes)`` and ``const(value, type name)``.
+
+    ``dtype`` is the type of what is rounded.
+    """
 
     op: Callable[..., Any]
     const: Callable[..., ir.Value]
+    dtype: ir.DataType
 
 
 def dynamic_nodes(build: Build, x: ir.Value | None, fmt: TensorFormat, *, is_unsigned: bool) -> ir.Value:
@@ -29,9 +33,11 @@ def dynamic_nodes(build: Build, x: ir.Value | None, fmt: TensorFormat, *, is_uns
     """
     element = fmt.element
     if isinstance(element, IntFormat) and element.bits == 8 and not fmt.is_symmetric and not _is_per_token(fmt):
-        codes, scale, zero = build.op("DynamicQuantizeLinear", x, num_outputs=3)
+        is_wide = build.dtype is ir.DataType.FLOAT
+        wide = x if is_wide else build.op("Cast", x, to=int(ir.DataType.FLOAT))  # the operator has no other type
+        codes, scale, zero = build.op("DynamicQuantizeLinear", wide, num_outputs=3)
         value: ir.Value = build.op("DequantizeLinear", codes, scale, zero)
-        return value
+        return value if is_wide else build.op("Cast", value, to=int(build.dtype))
     scale = _scale(build, x, fmt) if fmt.is_symmetric else None
     if scale is None:
         return _asymmetric(build, x, fmt)

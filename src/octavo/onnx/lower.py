@@ -163,7 +163,7 @@ class _Writer:
             kind = kind or dtype.name
             return self.initializer(f"{prefix}.constant", np.asarray(value, dtype=_NUMPY.get(kind, np.int64)), kind)
 
-        return Build(op, const)
+        return Build(op, const, dtype)
 
     def _static(self, node: ir.Node, fmt: TensorFormat, scale: float, zero_point: int) -> ir.Value:
         name, x = quantizer_of(node), node.inputs[0]

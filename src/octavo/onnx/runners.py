@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -109,7 +110,10 @@ def _openvino(path: Path, model: onnx.ModelProto | None, optimized: bool) -> Run
 
     def run(inputs: Arrays) -> list[np.ndarray[Any, Any]]:
         results = compiled(dict(inputs))
-        return [results[output] for output in compiled.outputs]
+        given = [np.asarray(results[output]) for output in compiled.outputs]
+        names = [output.get_element_type().get_type_name() for output in compiled.outputs]
+        bf16 = ml_dtypes.bfloat16  # OpenVINO's arrays call its bits float16
+        return [x.view(bf16) if name == "bf16" else x for x, name in zip(given, names, strict=True)]
 
     return Runner(f"OpenVINO {version('openvino')} (CPU)", run)
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 import onnx
-from octavo.errors import UserError
 from octavo.numerics.snapshot import LayerSnapshot
 from octavo.onnx.from_torch import graph_of
 from octavo.onnx.layout import MANIFEST
 from octavo.onnx.lower import Style, lower
+from octavo.onnx.narrow import narrow
 from octavo.onnx.stages import can_cache, stages
 from octavo.sources import LoadedModel
 from octavo.sources.graphs import GraphModule
@@ -28,6 +28,11 @@ from octavo.spec.select import quantizer_name
 from octavo.spec.targets import target_named
 from octavo.spec.version import VERSION
 
+_FLOATS = {
+    torch.float32: ir.DataType.FLOAT,
+    torch.float16: ir.DataType.FLOAT16,
+    torch.bfloat16: ir.DataType.BFLOAT16,
+}
 MAX_INLINE_BYTES = 1_900_000_000
 """Weights beyond this go into a file beside the graph: a protobuf holds at most 2 GiB."""
 TARGET = "octavo.target"
@@ -78,13 +83,9 @@ def _graphs(
 ) -> Iterator[tuple[str, ir.Model]]:
     """Names and graphs with their quantizers still in one node each."""
     if isinstance(loaded.model, GraphModule):
-        if float_dtype is not None:
-            raise UserError(
-                f"'{loaded.source}' is a graph and keeps the types that it has: convert it to {float_dtype} first, "
-                "and quantize that"
-            )
         assert loaded.model.marked is not None
-        yield "model", loaded.model.marked()
+        model = loaded.model.marked()
+        yield "model", model if float_dtype is None else narrow(model, _FLOATS[float_dtype])
         return
     if float_dtype is not None:
         loaded = dataclasses.replace(loaded, model=copy.deepcopy(loaded.model).to(float_dtype))
