@@ -110,6 +110,10 @@ class TensorBlock:
         self.fixed[layer] = value
         self.weights[layer] = value.dequantize(self.weights[layer].dtype)
 
+    def mean_input(self, layer: str) -> Tensor | None:
+        known = self.gathered[layer]
+        return known.mean if known.total is not None and known.count else None
+
     def fixed_outer(self, layer: str) -> Tensor | None:
         scale = self.fixed[layer].scale if layer in self.fixed else None
         return (

@@ -54,6 +54,32 @@ def test_the_mean_of_every_output_of_a_convolution_is_what_it_was(model: nn.Modu
     assert any("'down'" in warning and "has no bias" in warning for warning in run.record.warnings)
 
 
+class Depthwise(nn.Module):
+    """Convolutions of a mobile network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(6, 12, 3, padding=1, groups=3, stride=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x)
+
+
+def test_kernels_in_groups_have_means_of_their_own() -> None:
+    torch.manual_seed(0)
+    model, data = Depthwise(), [torch.randn(4, 6, 9, 9) + torch.arange(6.0).view(1, 6, 1, 1)]
+    plain, reference = copy.deepcopy(model), copy.deepcopy(model)
+    octavo.quantize(plain, octavo.Recipe("mine", ()).quantize("operation:conv", weight="int4-channel"), data)
+    corrected = (
+        octavo.Recipe("mine", ()).quantize("operation:conv", weight="int4-channel").with_steps("bias_correction")
+    )
+    octavo.quantize(model, corrected, data)
+    with torch.no_grad():
+        wanted = reference(data[0]).mean((0, 2, 3))
+        assert (model(data[0]).mean((0, 2, 3)) - wanted).abs().max() < 1e-5
+        assert (plain(data[0]).mean((0, 2, 3)) - wanted).abs().max() > 0.01
+
+
 def test_a_bias_that_was_added_is_stored_verified_and_taken_away_again(model: nn.Module, tmp_path) -> None:
     reference = copy.deepcopy(model)
     run = octavo.quantize(model, recipe(add=True), DATA, keep_original=True)

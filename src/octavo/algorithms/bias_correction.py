@@ -32,7 +32,9 @@ class BiasCorrectionAlgorithm:
             if reason:
                 left[layer] = reason
                 continue
-            shift = mean_shift(block.rounding_error(layer), block.statistics(layer).mean)
+            mean = block.mean_input(layer)
+            assert mean is not None
+            shift = mean_shift(block.rounding_error(layer), mean)
             bias = block.read_bias(layer)
             if bias is None:
                 block.add_bias(layer, -shift)
@@ -41,8 +43,7 @@ class BiasCorrectionAlgorithm:
         return left
 
     def _why_not(self, block: Block, layer: str) -> str:
-        known = block.statistics(layer)
-        if known.total is None or not known.count:
+        if block.mean_input(layer) is None:
             return "no means of its input were gathered"
         if block.read_weight(layer).ndim != 2:
             return "a stack of weights has no bias for each output"
@@ -58,9 +59,9 @@ def mean_shift(error: Tensor, mean: Tensor) -> Tensor:
 
     Args:
         error: ``(out_features, in_features)`` rounded weight minus weight.
-        mean: ``(in_features,)`` mean of the inputs.
+        mean: ``(in_features,)`` mean of the inputs, or ``(out_features, in_features)`` where rows meet others.
 
     Returns:
         ``(out_features,)`` fp32; 0 for inputs without a mean.
     """
-    return error.float() @ mean.float()
+    return (error.float() * mean.float()).sum(-1)

@@ -139,6 +139,16 @@ class BlockLayer:
             return _patches(self.holder, x)
         return None
 
+    @property
+    def is_grouped(self) -> bool:
+        """A convolution whose kernels meet some of the channels each."""
+        return isinstance(self.holder, _CONVOLUTIONS) and self.holder.groups > 1
+
+    def patches(self, x: Tensor) -> Tensor:
+        """``(num_positions, channels * kernel)`` of all channels of a convolution's input."""
+        assert isinstance(self.holder, _CONVOLUTIONS)
+        return _patches(self.holder, x)
+
     def num_channels(self, x: Tensor) -> int:
         """Channels of an input."""
         return x.shape[self.channel_axis]

@@ -123,6 +123,7 @@ class TorchBlock:
         self._has_folded = False
         self._needs: frozenset[Need] = frozenset()
         self._unrounded: dict[str, Tensor] = {}
+        self._means: dict[str, Tensor] = {}
         self._folds_only = folds_only
         self._model = model
         self._before = versions(model)
@@ -242,6 +243,18 @@ class TorchBlock:
         found.quantizer.mode = before
         return rounded.float() - found.matrix.float()
 
+    def mean_input(self, layer: str) -> Tensor | None:
+        """See ``Block.mean_input``."""
+        known = self.statistics(layer)
+        if known.total is not None and known.count:
+            return known.mean
+        mean = self._means.get(self._leader.get(layer, layer))
+        if mean is None:
+            return None
+        rows, width = self._layers[layer].quantizer.view.matrix_shape
+        groups = mean.view(-1, width)
+        return groups.repeat_interleave(rows // groups.shape[0], 0)
+
     def fixed_outer(self, layer: str) -> Tensor | None:
         """See ``Block.fixed_outer``."""
         return self._parts[layer].fixed_outer
@@ -270,6 +283,10 @@ class TorchBlock:
             divide_columns(layers, [module for _, module in link.followers], 1 / scale)
             self._has_folded = True
         self._update(group, lambda known: known.divided_by(group.per_column(scale)))
+        leader = self._leader.get(group.layers[0], group.layers[0])
+        if leader in self._means:
+            mean = self._means[leader]
+            self._means[leader] = mean / scale.repeat_interleave(mean.shape[0] // scale.shape[0])
 
     @torch.no_grad()
     def set_input_rotation(self, group: InputGroup, block_size: int) -> None:
@@ -396,6 +413,7 @@ class TorchBlock:
             self._reference = list(self.probe())
         self._leader, self._channels = ears.leader, ears.channels
         self._statistics = {name: gatherer.statistics() for name, gatherer in ears.gatherers.items()}
+        self._means = {name: total / count for name, (total, count) in ears.sums.items()}
 
     @torch.no_grad()
     def settle(self) -> Mapping[str, str]:

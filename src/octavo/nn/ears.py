@@ -32,6 +32,8 @@ class Ears:
         self.channels: dict[str, int] = {}
         self.gatherers: dict[str, Gatherer] = {}
         self._heard: dict[tuple[int, int], tuple[Tensor, int, str]] = {}
+        self.sums: dict[str, tuple[Tensor, int]] = {}
+        """Convolution in groups -> sum of the patches that its kernel meets, all channels, and how many they are."""
         self._is_first = False
         self._first: dict[str, list[Tensor]] = {}
         self.tokens: Tensor | None = None
@@ -44,12 +46,21 @@ class Ears:
             return
         rows = layer.rows(x)
         if rows is None:
+            self._add_patches(name, layer, x)
             return
         if self._is_first:
             self._first.setdefault(name, []).append(rows)
             return
         full = self._first[name].pop(0) if Need.CROSS in self.needs else None
         self._take(name, x, (rows, full), self.needs)
+
+    def _add_patches(self, name: str, layer: BlockLayer, x: Tensor) -> None:
+        if Need.MEAN not in self.needs or self._is_first or not layer.is_grouped:
+            return
+        for sample in x if x.ndim == layer.parameter.ndim else x.unsqueeze(0):  # one at a time: patches are many
+            patches = layer.patches(sample).float()
+            total, count = self.sums.get(name, (patches.new_zeros(patches.shape[1]), 0))
+            self.sums[name] = total + patches.sum(0), count + patches.shape[0]
 
     def hear_part(self, name: str, x: Tensor, part: int, rows: Tensor) -> None:
         """One matrix of a stack, or a weight of a functional call, reads ``rows`` of ``x``.

@@ -153,6 +153,12 @@ class Block(Protocol):
         """
         ...
 
+    def mean_input(self, layer: str) -> Tensor | None:
+        """Mean of what each weight meets: ``(in_features,)``, or ``(out_features, in_features)`` in a convolution in
+        groups; ``None`` where nothing was gathered. Needs ``MEAN``.
+        """
+        ...
+
     def fix_weight(self, layer: str, value: QTensor) -> None:
         """The layer's weight from now on: exactly these codes and scales, in simulation and in files."""
         ...

@@ -275,6 +275,11 @@ class GraphBlock:
         values = rounded.dequantize() if isinstance(rounded, QTensor) else rounded
         return values.float() - self.read_weight(layer)
 
+    def mean_input(self, layer: str) -> Tensor | None:
+        """See ``Block.mean_input``."""
+        known = self.statistics(layer)
+        return known.mean if known.total is not None and known.count else None
+
     def fixed_outer(self, layer: str) -> Tensor | None:
         """See ``Block.fixed_outer``."""
         return outer_of(self.calibration.weights.get(layer))
