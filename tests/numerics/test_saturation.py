@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from octavo.numerics.saturation import Geometry, conv_lost, lost
+from octavo.numerics.saturation import conv_lost, lost
+from octavo.numerics.windows import Geometry
 
 
 def summed(codes: np.ndarray, weight: np.ndarray) -> np.ndarray:

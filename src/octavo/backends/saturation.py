@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from octavo.backends.simulate import range_of
-from octavo.numerics.saturation import Geometry, conv_lost, lost
+from octavo.numerics.saturation import conv_lost, lost
+from octavo.numerics.windows import Geometry
 from octavo.spec.tensor_format import TensorFormat
 
 UNSIGNED = 128

@@ -7,7 +7,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from octavo.backends import saturation
 from octavo.nn.quantizer import ActivationQuantizer, Mode, WeightQuantizer
-from octavo.numerics.saturation import Geometry
+from octavo.numerics.windows import Geometry
 from octavo.spec.facts import QUANTIZER_NAMES, Slot
 
 

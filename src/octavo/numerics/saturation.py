@@ -11,11 +11,11 @@ computed for these and nothing else.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from octavo.numerics.windows import Geometry, windows
 
 _LOW, _HIGH = -(2**15), 2**15 - 1
 _TOP = 255  # the largest unsigned byte
@@ -53,23 +53,6 @@ def _paired(matrix: Tensor) -> Tensor:
     return F.pad(matrix.int(), (0, matrix.shape[1] % 2)).view(len(matrix), -1, 2)
 
 
-@dataclass(frozen=True, slots=True)
-class Geometry:
-    """How a convolution moves over its input, one entry for each spatial axis.
-
-    Args:
-        padding: At the low and at the high end of every axis.
-        stride: Steps between windows.
-        dilation: Steps inside a window.
-        groups: Of channels.
-    """
-
-    padding: tuple[tuple[int, int], ...]
-    stride: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int = 1
-
-
 @torch.no_grad()
 def conv_lost(codes: Tensor, weight: Tensor, geometry: Geometry, zero_code: int) -> Tensor:
     """``lost`` of a convolution.
@@ -85,16 +68,13 @@ def conv_lost(codes: Tensor, weight: Tensor, geometry: Geometry, zero_code: int)
         onnxruntime's kernel for these adds in 32 bits.
     """
     kernel = tuple(weight.shape[2:])
-    ends = [end for pair in reversed(geometry.padding) for end in pair]
-    windows = F.pad(codes.int(), ends, value=zero_code)
-    for axis, (size, step, spread) in enumerate(zip(kernel, geometry.stride, geometry.dilation, strict=True), 2):
-        windows = windows.unfold(axis, (size - 1) * spread + 1, step)[..., ::spread]
-    spatial = tuple(windows.shape[2 : 2 + len(kernel)])
+    seen = windows(codes.int(), kernel, geometry, zero_code)
+    spatial = tuple(seen.shape[2 : 2 + len(kernel)])
     shape = (len(codes), len(weight), *spatial)
     if geometry.groups == codes.shape[1]:
         return torch.zeros(shape, dtype=torch.int32, device=codes.device)
     # (batch, channels, *spatial, *kernel) -> (batch, *spatial, *kernel, channels)
-    last = windows.movedim(1, -1)
+    last = seen.movedim(1, -1)
     parts = [
         lost(part.reshape(-1, own[0].numel()), own.movedim(1, -1).flatten(1))
         for part, own in zip(last.chunk(geometry.groups, -1), weight.chunk(geometry.groups), strict=True)

@@ -6,6 +6,7 @@ can be folded into it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from octavo.numerics.statistics import Gatherer, InputStatistics, Need
 from octavo.numerics.store import Store
 from octavo.numerics.tensor_error import relative_error
 from octavo.onnx.calibration import Calibration, outer_of
+from octavo.onnx.convolutions import maker_of, rows_of
 from octavo.onnx.graph import GraphSite
 from octavo.onnx.segments import reads
 from octavo.onnx.sessions import session_of
@@ -224,11 +226,55 @@ class GraphBlock:
         return [self._group(tuple(names)) for names in by_tensor.values()]
 
     def _group(self, names: tuple[str, ...]) -> InputGroup:
+        if self._sites[names[0]].facts.operation == "conv":
+            return self._conv_group(names)
         width = self._sites[names[0]].facts.weight_shape[1]
         norm = self._norm(names)
         fold = None if norm is None else Fold(str(norm.name), torch.arange(width))
         takes_scale = self._has_own_weights(names) and (fold is not None or not self.walk.folds_only & set(names))
         return InputGroup(names, width, fold, None, takes_scale=takes_scale)
+
+    def _conv_group(self, names: tuple[str, ...]) -> InputGroup:
+        """Convolutions of one tensor; the layer before takes a factor where it has one kernel of columns to go to."""
+        positions = {math.prod(self._kernel(name)) for name in names}
+        width = self._sites[names[0]].facts.weight_shape[1]
+        if len(positions) > 1 or any(self._is_grouped(name) for name in names):
+            return InputGroup(names, width, None, None, takes_scale=False)
+        (inside,) = positions
+        columns = torch.arange(width // inside).repeat_interleave(inside)
+        maker = self._maker(names)
+        fold = None if maker is None else Fold(maker, torch.arange(width // inside))
+        return InputGroup(names, width // inside, fold, columns, takes_scale=fold is not None)
+
+    def _kernel(self, layer: str) -> tuple[int, ...]:
+        view = self._sites[layer].view
+        assert view is not None
+        return view.shape[2:]
+
+    def _is_grouped(self, layer: str) -> bool:
+        node = self._sites[layer].product
+        return node is not None and node.attributes.get_int("group", 1) > 1
+
+    def _maker(self, names: tuple[str, ...]) -> str | None:
+        """The layer of this piece whose channels only these read, and whose weight and bias can take a factor."""
+        sites = [self._sites[name] for name in names]
+        value = sites[0].operands[Slot.INPUT].value
+        readers = {site.product.name for site in sites if site.product is not None}
+        alone = {user.name for user in value.consumers()} <= readers and not value.is_graph_output()
+        own = all(len(site.operands[Slot.WEIGHT].value.uses()) == 1 for site in sites)
+        node = maker_of(value) if alone and own else None
+        found = next((n for n in self._layers if self._sites[n].product is node), None) if node is not None else None
+        if found is None or node is None or len(self._sites[found].operands[Slot.WEIGHT].value.uses()) > 1:
+            return None
+        has_own_bias = len(node.inputs) < 3 or node.inputs[2] is None or self._bias(found) is not None
+        return found if has_own_bias and found not in self.calibration.weights else None
+
+    def _divide_maker(self, layer: str, scale: Tensor) -> None:
+        """Every output channel of ``layer`` over its factor."""
+        self.write_weight(layer, self.read_weight(layer) / scale.unsqueeze(1))
+        bias = self.read_bias(layer)
+        if bias is not None:
+            self.write_bias(layer, bias / scale)
 
     def _has_own_weights(self, names: Iterable[str]) -> bool:
         """Whether scaling the columns of these layers' weights changes nothing else."""
@@ -291,15 +337,18 @@ class GraphBlock:
         if not bool((scale.isfinite() & (scale > 0)).all()):
             raise UserError(f"layer '{group.layers[0]}': a scale of its input is not positive and finite")
         norm = self._norm(group.layers)
-        if norm is None:
+        if self._sites[group.layers[0]].facts.operation == "conv":
+            assert group.fold is not None
+            self._divide_maker(group.fold.producer, scale)
+        elif norm is None:
             self._take_in(self.calibration.divide(group.layers, scale))
         for value in () if norm is None else norm.inputs[1:]:
             if value is not None and value.const_value is not None:
                 self.calibration.write(str(value.name), tensor_of(value.const_value.numpy()) / scale)
         for name in group.layers:
-            self.write_weight(name, self.read_weight(name) * scale)
+            self.write_weight(name, self.read_weight(name) * group.per_column(scale))
             if name in self._statistics:
-                self._statistics[name] = self._statistics[name].divided_by(scale)
+                self._statistics[name] = self._statistics[name].divided_by(group.per_column(scale))
         self._has_folded = True
 
     def _take_in(self, *nodes: ir.Node | None) -> None:
@@ -347,18 +396,21 @@ class GraphBlock:
 
     def gather(self, needs: frozenset[Need]) -> None:
         """See ``Block.gather``."""
-        read = {n: str(self._sites[n].operands[Slot.INPUT].value.name) for n in self._layers if self._is_linear(n)}
-        gatherers = {name: Gatherer(needs) for name in dict.fromkeys(read.values())}
-        wanted = list(dict.fromkeys([*gatherers, *self._observed()]))
+        read = {n: str(self._sites[n].operands[Slot.INPUT].value.name) for n in self._layers if self._has_rows(n)}
+        leaders = {layer: layer if self._kernel(layer) else tensor for layer, tensor in read.items()}
+        gatherers = {leader: Gatherer(needs) for leader in dict.fromkeys(leaders.values())}
+        sources = {leader: (layer, read[layer]) for layer, leader in leaders.items()}
+        wanted = list(dict.fromkeys([*read.values(), *self._observed()]))
         session = _Session(self.calibration.model, self.piece, wanted)
         for index in self.inputs():
             full = self.walk.get(self.walk.full[index]) if self.walk.keeps else None
             other = None if full is None else session.run(full)
             found = session.run(self.walk.get(self.walk.live[index]))
             self._look(found)
-            for name, gatherer in gatherers.items():
-                rows = None if other is None else _rows(other[name])
-                self._take(gatherer, name, _rows(found[name]), rows)
+            for leader, gatherer in gatherers.items():
+                layer, name = sources[leader]
+                rows = None if other is None else self._rows(layer, other[name])
+                self._take(gatherer, name, self._rows(layer, found[name]), rows)
             if index == 0:
                 self._reference = _floats({name: found[name] for name in self.piece.outputs if name in found})
             if Need.OUTPUTS in needs:
@@ -368,7 +420,7 @@ class GraphBlock:
             if other is not None:
                 self.walk.replace(self.walk.full, index, {n: other[n] for n in self.piece.outputs})
         known = {name: gatherer.statistics() for name, gatherer in gatherers.items()}
-        self._statistics = {layer: known[tensor] for layer, tensor in read.items()}
+        self._statistics = {layer: known[leader] for layer, leader in leaders.items()}
 
     def _take(self, gatherer: Gatherer, name: str, rows: Tensor, full: Tensor | None) -> None:
         try:
@@ -376,8 +428,16 @@ class GraphBlock:
         except NotFiniteError as error:
             raise NotFiniteError(f"tensor '{name}': {error}") from error
 
-    def _is_linear(self, layer: str) -> bool:
-        return self._sites[layer].facts.operation == "linear"
+    def _has_rows(self, layer: str) -> bool:
+        """Whether every row of the weight meets the same vectors; not so in groups."""
+        operation = self._sites[layer].facts.operation
+        return operation == "linear" or (operation == "conv" and not self._is_grouped(layer))
+
+    def _rows(self, layer: str, value: np.ndarray[Any, Any]) -> Tensor:
+        """``(rows, in_features)`` vectors that meet the weight."""
+        x, node = tensor_of(value), self._sites[layer].product
+        assert node is not None
+        return rows_of(node, x, self._kernel(layer)) if self._kernel(layer) else x.flatten(0, -2)
 
     def _observed(self) -> list[str]:
         return self.calibration.observed_in(self._sites)
@@ -447,10 +507,6 @@ class _Session:
 
 def _run(model: ir.Model, piece: Piece, fed: Arrays, extra: Sequence[str]) -> Arrays:
     return _Session(model, piece, extra).run(fed)
-
-
-def _rows(value: np.ndarray[Any, Any]) -> Tensor:
-    return tensor_of(value).flatten(0, -2)
 
 
 def _floats(arrays: Arrays) -> list[Tensor]:

@@ -14,7 +14,8 @@ from torch import Tensor
 from octavo.backends.saturation import UNSIGNED
 from octavo.numerics.arrays import array_of, tensor_of
 from octavo.numerics.qtensor import QTensor
-from octavo.numerics.saturation import Geometry, conv_lost, lost
+from octavo.numerics.saturation import conv_lost, lost
+from octavo.onnx.convolutions import geometry_of
 from octavo.onnx.graph import GraphSite
 from octavo.onnx.segments import Segments
 
@@ -50,24 +51,10 @@ class _Product:
             gone = lost(codes.flatten(0, -2).int() + shift, self.weight).view(y.shape)
             steps = self.steps
         else:
-            gone = conv_lost(codes.int() + shift, self.weight, self._geometry(tuple(codes.shape[2:])), zero)
+            geometry = geometry_of(self.node, tuple(codes.shape[2:]), tuple(self.weight.shape[2:]))
+            gone = conv_lost(codes.int() + shift, self.weight, geometry, zero)
             steps = self.steps.view(-1, *[1] * (y.ndim - 2))
         return array_of(tensor_of(y) - gone * (scale * steps))
-
-    def _geometry(self, spatial: tuple[int, ...]) -> Geometry:
-        attributes, axes = self.node.attributes, len(spatial)
-        stride = tuple(attributes.get_ints("strides", [1] * axes))
-        dilation = tuple(attributes.get_ints("dilations", [1] * axes))
-        pads = attributes.get_ints("pads", [0] * 2 * axes)
-        padding = tuple(zip(pads[:axes], pads[axes:], strict=True))
-        automatic = attributes.get_string("auto_pad", "NOTSET")
-        if automatic.startswith("SAME"):  # as many windows as strides; an odd row goes to the end that is named
-            spans = [(size - 1) * d + 1 for size, d in zip(self.weight.shape[2:], dilation, strict=True)]
-            sizes = zip(spatial, stride, spans, strict=True)
-            totals = [max((-(-size // step) - 1) * step + span - size, 0) for size, step, span in sizes]
-            halves = [(total // 2, total - total // 2) for total in totals]
-            padding = tuple(pair if automatic == "SAME_UPPER" else pair[::-1] for pair in halves)
-        return Geometry(padding, stride, dilation, attributes.get_int("group", 1))
 
 
 class SaturatingGraph:
