@@ -26,6 +26,20 @@ _NORMS = frozenset(
         "SkipLayerNormalization",
     )
 )
+_LAYERS = frozenset(("MatMul", "Gemm", "Conv", "ConvTranspose"))
+_INTEGER_LAYERS = frozenset(
+    (
+        "MatMulInteger",
+        "ConvInteger",
+        "QLinearMatMul",
+        "QLinearConv",
+        "QGemm",
+        "MatMulIntegerToFloat",
+        "DynamicQuantizeMatMul",
+        "MatMulNBits",
+        "QAttention",
+    )
+)
 _BETWEEN = frozenset(("Mul", "Div", "Add", "Where", "Cast", "Softcap", "Identity", "Max", "Sub", "IsNaN"))
 _SELECTING = frozenset(("Relu", "Clip", "MaxPool", "Identity"))
 _GENERATED = re.compile(r"(onnx::|val_|_v_|const|initializer|\d+$)")
@@ -95,6 +109,9 @@ class _Finder:
         self.makers: dict[ir.Node, str] = {}  # convolutions and residual sums -> their sites
 
     def look_at(self, node: ir.Node) -> None:
+        if why := _quantized_already(node):
+            self._add(node, "other", {}, obstacle=f"{why} quantized in the file already: kept as it is")
+            return
         match node.op_type:
             case "MatMul" | "Gemm" if (weight := _weight(node, 1)) is not None:
                 self._linear(node, weight)
@@ -242,6 +259,23 @@ class _Finder:
                 GraphSite(SiteFacts(name, "other", "", parameters=known, parameter_bytes=size, obstacle=obstacle))
             )
         return self.sites
+
+
+def _quantized_already(node: ir.Node) -> str:
+    """What of a layer's operands comes from somebody else's quantizers, or all of it; empty where nothing does."""
+    if node.op_type in _INTEGER_LAYERS:
+        return "its operands are"
+    if node.op_type not in _LAYERS:
+        return ""
+    makers = [None if value is None else value.producer() for value in node.inputs[:2]]
+    quantized = [maker is not None and maker.op_type == "DequantizeLinear" for maker in makers]
+    match quantized:
+        case [_, True]:
+            return "its weight is"
+        case [True, _]:
+            return "its input is"
+        case _:
+            return ""
 
 
 def _operands(node: ir.Node) -> dict[Slot, Operand]:
