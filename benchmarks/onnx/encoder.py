@@ -1,6 +1,6 @@
 """A real encoder as an ONNX graph, quantized by octavo, by onnxruntime's own tools, and by ModelOpt's ONNX door.
 
-    python -m benchmarks.onnx.encoder [--peer-python PEER/bin/python] [--rounds 5] [--json]
+    python -m benchmarks.onnx.encoder [--format int4] [--peer-python PEER/bin/python] [--rounds 5] [--json]
 
 Every tool works in a process of its own on the same graph and the same 64 texts of 128 tokens; its time and its memory
 above the process's size after imports are measured there. The files then take turns in onnxruntime.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -21,10 +22,17 @@ from typing import Any
 import numpy as np
 from benchmarks.data.files import CALIBRATION, TEST, check_sums
 from benchmarks.machine import describe_machine, one_line
+from benchmarks.peers.call import call_peer
 
-WORKER = Path(__file__).parent / "worker.py"
-OURS = ("octavo int8", "octavo int8 entropy", "octavo int8-dynamic", "onnxruntime static", "onnxruntime entropy")
-TOOLS = (*OURS, "onnxruntime dynamic")
+ROOT = Path(__file__).parents[2]
+_STATIC = ("octavo int8", "octavo int8 entropy", "octavo best:int8", "onnxruntime MinMax", "onnxruntime Entropy")
+_INT4 = ("octavo int4-group", "octavo int4-awq", "octavo int4-gptq", "octavo best:int4-group")
+TOOLS = {
+    "int8": (*_STATIC, "octavo int8-dynamic", "onnxruntime dynamic"),
+    "int4": (*_INT4, "onnxruntime INT4", "onnxruntime HQQ", "onnxruntime GPTQ"),
+}
+"""Weights and inputs, or weights in groups of 128; ``worker.py`` knows the names."""
+PEER_METHODS = {"int8": ("int8",), "int4": ("rtn_dq", "awq_lite", "awq_clip")}
 LENGTH = 128
 JUDGES = 256
 
@@ -52,14 +60,25 @@ def prepare(place: Path) -> None:
         np.savez(place / f"{name}.npz", **{k: encoded[k].astype(np.int64) for k in ("input_ids", "attention_mask")})
 
 
-def quantize(tool: str, place: Path, python: str) -> dict[str, Any]:
+def quantize(tool: str, place: Path) -> dict[str, Any]:
     """One tool in a process of its own: its seconds, its memory, or why it failed."""
-    out = place / f"{tool.replace(' ', '-')}.onnx"
-    command = [python, str(WORKER), tool, str(place / "model.onnx"), str(place / "calibration.npz"), str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    out = place / f"{tool.replace(' ', '-').replace(':', '-')}.onnx"
+    arguments = [tool, str(place / "model.onnx"), str(place / "calibration.npz"), str(out)]
+    command = [sys.executable, "-m", "benchmarks.onnx.worker", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, env=os.environ)
     if done.returncode:
         return {"tool": tool, "error": done.stderr.strip().splitlines()[-1]}
     return {"tool": tool, "file": out.name, **json.loads(done.stdout.splitlines()[-1])}
+
+
+def quantize_by_peer(method: str, place: Path, python: str) -> dict[str, Any]:
+    """ModelOpt in its own venv."""
+    tool, out = f"ModelOpt {method}", place / f"modelopt-{method}.onnx"
+    files = [str(place / "model.onnx"), str(place / "calibration.npz"), str(out)]
+    found = call_peer(python, "modelopt_onnx", [method, *files])
+    if "failed" in found:
+        return {"tool": tool, "error": found["failed"]}
+    return {"tool": tool, "file": out.name, **found}
 
 
 def embeddings(session: Any, data: Any) -> np.ndarray:
@@ -114,7 +133,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer-python", help="the Python of a venv with nvidia-modelopt[onnx]")
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--tools", nargs="*", default=list(TOOLS))
+    parser.add_argument("--format", choices=list(TOOLS), default="int8")
+    parser.add_argument("--tools", nargs="*", help="some of them, or octavo with any recipe: 'octavo int4-group32'")
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
     check_sums()
@@ -122,9 +142,9 @@ def main() -> None:
         place = Path(name)
         prepare(place)
         results: list[dict[str, Any]] = [{"tool": "fp32", "file": "model.onnx"}]
-        results += [quantize(tool, place, sys.executable) for tool in asked.tools]
-        if asked.peer_python:
-            results.append(quantize("modelopt int8", place, asked.peer_python))
+        results += [quantize(tool, place) for tool in asked.tools or TOOLS[asked.format]]
+        for method in PEER_METHODS[asked.format] if asked.peer_python else ():
+            results.append(quantize_by_peer(method, place, asked.peer_python))
         for row in results:
             row["megabytes"] = (place / row["file"]).stat().st_size / 1e6 if "file" in row else None
         judge(results, place, asked.rounds)
@@ -133,14 +153,14 @@ def main() -> None:
         print(json.dumps({"machine": machine, "results": results}, indent=1))
         return
     print(one_line(machine))
-    print(f"{'':22}{'cosine':>8}{'x, batch 1':>12}{'x, batch 8':>12}{'seconds':>9}{'peak MB':>9}{'file MB':>9}")
+    print(f"{'':24}{'cosine':>8}{'x, batch 1':>12}{'x, batch 8':>12}{'seconds':>9}{'peak MB':>9}{'file MB':>9}")
     for row in results:
         if "error" in row:
-            print(f"{row['tool']:22}{row['error'][:90]}")
+            print(f"{row['tool']:24}{row['error'][:90]}")
             continue
         cells = [f"{row['cosine']:8.4f}", f"{row['speed_1']:12.2f}", f"{row['speed_8']:12.2f}"]
         cells += [f"{row.get('seconds', 0):9.1f}", f"{row.get('peak_megabytes', 0):9.0f}", f"{row['megabytes']:9.1f}"]
-        print(f"{row['tool']:22}{''.join(cells)}")
+        print(f"{row['tool']:24}{''.join(cells)}")
 
 
 if __name__ == "__main__":

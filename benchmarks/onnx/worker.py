@@ -1,18 +1,21 @@
-"""One tool quantizes one graph: ``worker.py TOOL MODEL CALIBRATION OUT``; prints its seconds and its memory as JSON."""
+"""One tool quantizes one graph: ``TOOL MODEL CALIBRATION OUT``; prints its seconds and its memory as JSON.
+
+``TOOL`` is ``octavo RECIPE [OBSERVER]``, or a method of onnxruntime's own quantizers: ``onnxruntime MinMax``.
+"""
 
 from __future__ import annotations
 
 import json
-import re
+import logging
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from benchmarks.onnx.measure import BATCH, measured
 
 TARGET = "onnxruntime-cpu"
-BATCH = 8
+GROUP = 128
 
 
 def octavo(model: Path, data: Any, out: Path, recipe: str, observer: str = "") -> None:
@@ -31,22 +34,32 @@ def octavo(model: Path, data: Any, out: Path, recipe: str, observer: str = "") -
     pipeline.export_graph(pipeline.quantize(open_model(model), wanted, batches, target=TARGET), out)
 
 
-def onnxruntime_static(model: Path, data: Any, out: Path, method: str) -> None:
-    """onnxruntime's own: UINT8 activations, INT8 weights per channel in 7 bits, products with weights only."""
+def reader_of(data: Any) -> Any:
+    """The texts in batches, as onnxruntime's calibration wants them."""
     from onnxruntime import quantization as q
 
     class Reader(q.CalibrationDataReader):
         def __init__(self) -> None:
+            self.rewind()
+
+        def rewind(self) -> None:
             self.starts = iter(range(0, len(data["input_ids"]), BATCH))
 
         def get_next(self) -> Any:
             start = next(self.starts, None)
             return None if start is None else {name: data[name][start : start + BATCH] for name in data.files}
 
+    return Reader()
+
+
+def onnxruntime_static(model: Path, data: Any, out: Path, method: str) -> None:
+    """onnxruntime's own: UINT8 activations, INT8 weights per channel in 7 bits, products with weights only."""
+    from onnxruntime import quantization as q
+
     q.quantize_static(
         model,
         out,
-        Reader(),
+        reader_of(data),
         quant_format=q.QuantFormat.QDQ,
         op_types_to_quantize=["MatMul"],
         per_channel=True,
@@ -58,68 +71,61 @@ def onnxruntime_static(model: Path, data: Any, out: Path, method: str) -> None:
     )
 
 
-def onnxruntime_dynamic(model: Path, data: Any, out: Path) -> None:
+def onnxruntime_dynamic(model: Path, out: Path) -> None:
     """onnxruntime's own, ranges per call."""
     from onnxruntime import quantization as q
 
     q.quantize_dynamic(model, out, op_types_to_quantize=["MatMul"], per_channel=True, reduce_range=True)
 
 
-def modelopt(model: Path, data: Any, out: Path) -> None:
-    """nvidia-modelopt's ONNX door."""
-    from modelopt.onnx.quantization import quantize
+def onnxruntime_weights(model: Path, data: Any, out: Path, method: str) -> None:
+    """onnxruntime's own INT4 weights in symmetric groups, stored for MatMulNBits."""
+    from onnxruntime.quantization import matmul_nbits_quantizer as q
 
-    quantize(
-        str(model),
-        quantize_mode="int8",
-        calibration_data={name: data[name] for name in data.files},
-        calibration_method="max",
-        calibration_eps=["cpu"],
-        op_types_to_quantize=["MatMul"],
-        output_path=str(out),
+    import onnx
+
+    logging.disable()
+    match method:
+        case "INT4":
+            config: Any = q.DefaultWeightOnlyQuantConfig(block_size=GROUP, is_symmetric=True, accuracy_level=4)
+        case "HQQ":
+            config = q.HQQWeightOnlyQuantConfig(block_size=GROUP)
+        case "GPTQ":
+            config = q.GPTQWeightOnlyQuantConfig(calibration_data_reader=reader_of(data), block_size=GROUP)
+        case _:
+            raise ValueError(method)
+    made = q.MatMulNBitsQuantizer(
+        onnx.load(model), block_size=GROUP, is_symmetric=True, accuracy_level=4, algo_config=config
     )
-
-
-def megabytes(key: str) -> float:
-    """Of this process, by the kernel's account: ``VmRSS`` now, ``VmHWM`` at its peak."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    found = re.search(rf"{key}:\s+(\d+) kB", status)
-    assert found is not None
-    return int(found[1]) / 1024
+    made.process()
+    made.model.save_model_to_file(str(out))
 
 
 def main() -> None:
     tool, model, calibration, out = sys.argv[1], *map(Path, sys.argv[2:5])
-    work = {
-        "octavo int8": lambda d: octavo(model, d, out, "int8"),
-        "octavo int8 entropy": lambda d: octavo(model, d, out, "int8", "entropy"),
-        "octavo int8-dynamic": lambda d: octavo(model, d, out, "int8-dynamic"),
-        "onnxruntime static": lambda d: onnxruntime_static(model, d, out, "MinMax"),
-        "onnxruntime entropy": lambda d: onnxruntime_static(model, d, out, "Entropy"),
-        "onnxruntime dynamic": lambda d: onnxruntime_dynamic(model, d, out),
-        "modelopt int8": lambda d: modelopt(model, d, out),
-    }[tool]
     data = np.load(calibration)
-    _import(tool)
-    before = megabytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak of the imports
-    start = time.perf_counter()
-    work(data)
-    seconds = time.perf_counter() - start
-    print(json.dumps({"seconds": seconds, "peak_megabytes": megabytes("VmHWM") - before}))
+    maker, *words = tool.split()
+    if maker == "octavo":
+        import octavo.onnx.check
+        import octavo.onnx.door
+        import octavo.pipeline
+
+        cost = measured(lambda: octavo(model, data, out, *words))
+    else:
+        import onnxruntime.quantization.matmul_nbits_quantizer  # noqa: F401
+
+        cost = measured(lambda: _onnxruntime(model, data, out, *words))
+    print(f"\n{json.dumps(cost)}")  # behind a progress bar that ends no line
 
 
-def _import(tool: str) -> None:
-    """What the tool will import, before memory is looked at."""
-    match tool.split()[0]:
-        case "octavo":
-            import octavo.onnx.check
-            import octavo.onnx.door
-            import octavo.pipeline  # noqa: F401
-        case "onnxruntime":
-            import onnxruntime.quantization  # noqa: F401
-        case "modelopt":
-            import modelopt.onnx.quantization  # noqa: F401
+def _onnxruntime(model: Path, data: Any, out: Path, method: str) -> None:
+    match method:
+        case "MinMax" | "Entropy" | "Percentile":
+            onnxruntime_static(model, data, out, method)
+        case "dynamic":
+            onnxruntime_dynamic(model, out)
+        case _:
+            onnxruntime_weights(model, data, out, method)
 
 
 if __name__ == "__main__":
