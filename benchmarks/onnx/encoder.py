@@ -159,7 +159,8 @@ def main() -> None:
             print(f"{row['tool']:24}{row['error'][:90]}")
             continue
         cells = [f"{row['cosine']:8.4f}", f"{row['speed_1']:12.2f}", f"{row['speed_8']:12.2f}"]
-        cells += [f"{row.get('seconds', 0):9.1f}", f"{row.get('peak_megabytes', 0):9.0f}", f"{row['megabytes']:9.1f}"]
+        cells += [f"{row.get('seconds', 0):9.1f}", f"{row.get('cpu_seconds', 0):8.1f}"]
+        cells += [f"{row.get('peak_megabytes', 0):9.0f}", f"{row['megabytes']:9.1f}"]
         print(f"{row['tool']:24}{''.join(cells)}")
 
 

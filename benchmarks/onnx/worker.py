@@ -105,17 +105,20 @@ def main() -> None:
     tool, model, calibration, out = sys.argv[1], *map(Path, sys.argv[2:5])
     data = np.load(calibration)
     maker, *words = tool.split()
+    _import(maker)
+    work = octavo if maker == "octavo" else _onnxruntime
+    cost = measured(lambda: work(model, data, out, *words))
+    print(f"\n{json.dumps(cost)}")  # behind a progress bar that ends no line
+
+
+def _import(maker: str) -> None:
+    """What the tool will import, before memory is looked at."""
     if maker == "octavo":
         import octavo.onnx.check
         import octavo.onnx.door
-        import octavo.pipeline
-
-        cost = measured(lambda: octavo(model, data, out, *words))
+        import octavo.pipeline  # noqa: F401
     else:
         import onnxruntime.quantization.matmul_nbits_quantizer  # noqa: F401
-
-        cost = measured(lambda: _onnxruntime(model, data, out, *words))
-    print(f"\n{json.dumps(cost)}")  # behind a progress bar that ends no line
 
 
 def _onnxruntime(model: Path, data: Any, out: Path, method: str) -> None:
