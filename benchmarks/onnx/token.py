@@ -4,7 +4,7 @@
 
 A chain of square layers without anything between them, as many as fill 128 MB in fp32, so that weights come from memory
 as in a real model. The ONNX door quantizes it for ``onnxruntime-cpu`` without data; the files take turns in onnxruntime
-on as many threads as torch has, and the best of the rounds counts. *Cosine* is that of a chain's output to fp32's, so it
+on as many threads as torch has, and the best of the rounds counts. *Cosine* is that of a chain's output to fp32's: it
 falls with depth.
 """
 

@@ -345,7 +345,8 @@ def _site_name(node: ir.Node, weight: ir.Value | None) -> str:
     """The weight's module, else the module where the node was traced, else the node's own name."""
     if weight is not None and weight.name and not _GENERATED.match(weight.name) and "." in weight.name:
         return _stem(weight.name)
-    bias = next((v.name for v in _own_parameters(node, weight) if v.name and "." in v.name), None)
+    own = (v for v in _own_parameters(node, weight) if len(v.uses()) == 1)  # exporters merge equal ones, as zeros are
+    bias = next((v.name for v in own if v.name and "." in v.name), None)
     if weight is not None and bias and not _GENERATED.match(bias):
         return _stem(bias)
     if scope := _scope(node):
