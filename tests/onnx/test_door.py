@@ -57,6 +57,30 @@ def test_what_a_graph_has_is_named_like_the_model_it_came_from(file: Path) -> No
     assert facts.num_parameters == sum(sum(site.parameters.values()) for site in facts.sites)
 
 
+class Alike(nn.Module):
+    """Biases that are equal, which exporters store once, under the name of the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        for layer in (self.first, self.second):
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.second(torch.relu(self.first(x)))
+        return out
+
+
+def test_layers_whose_biases_are_stored_once_have_their_own_names(tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 8)
+    program = torch.onnx.export(Alike().eval(), (x,), dynamo=True, opset_version=18)  # as old as torch's own default
+    assert program is not None
+    program.save(tmp_path / "alike.onnx")
+    facts = OnnxDoor(GraphModule(tmp_path / "alike.onnx"), "alike").facts()
+    assert [site.name for site in facts.sites if site.weight_shape] == ["first", "second"]
+
+
 @pytest.mark.parametrize("target", ["", "onnxruntime-cpu"])
 def test_both_doors_find_the_same_ranges_and_codes(file: Path, target: str) -> None:
     net = Net().eval()

@@ -74,6 +74,9 @@ def _raised(model: ir.Model, path: Path) -> ir.Model:
         return model
     raised = ir.from_proto(proto)
     give_weights(raised, weights)
+    told = {str(node.name): node.metadata_props for node in model.graph if node.name}
+    for node in raised.graph:  # the converter drops what exporters tell of nodes: where they were traced
+        node.metadata_props.update(told.get(str(node.name), {}))
     return raised
 
 
