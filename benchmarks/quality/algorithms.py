@@ -20,7 +20,7 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,8 @@ LIBRARIES = ("octavo", "modelopt", "llmcompressor", "autoround", "torchao")
 GOALS = {"int8": 0.997, "int4-group128": 0.985, "int4-group32": 0.989, "nvfp4-weight-only": 0.990, "nvfp4": 0.981}
 """Format -> the least cosine that is wanted."""
 
-Values = Mapping[str, float]
+Series = Mapping[int, float]
+"""Draw -> figure."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +86,8 @@ def _language_model() -> str:
 class Cells:
     """Results by key, in a file that is written after each of them."""
 
-    def __init__(self, work: Path, pythons: Mapping[str, str]) -> None:
-        self.work, self.pythons, self.path = work, pythons, work / "cells.json"
+    def __init__(self, work: Path, pythons: Mapping[str, str], *, makes: bool = True) -> None:
+        self.work, self.pythons, self.path, self.makes = work, pythons, work / "cells.json", makes
 
     def kept(self) -> dict[str, Any]:
         """What the file has; another run may add to it meanwhile."""
@@ -107,7 +108,9 @@ class Cells:
         keys = {draw: key_of(of, library, method, draw) for draw in draws}
         found = self.kept()
         missing = [draw for draw in draws if keys[draw] not in found]
-        if missing:
+        if missing and not self.makes:
+            found |= {keys[draw]: {} for draw in missing}
+        elif missing:
             print(f"{of}: {library} {method} ...", file=sys.stderr, flush=True)
             made = {keys[draw]: cell for draw, cell in self._make(of, library, method, missing).items()}
             found |= made
@@ -149,67 +152,88 @@ def methods(library: str, row: str) -> list[str]:
 def row_of(cells: Cells, of: Subject, row: str, libraries: Sequence[str]) -> dict[str, Any]:
     """Library and method -> its results, draw by draw; the best method of each peer on all draws."""
     every = range(len(of.draws))
-    found: dict[str, Any] = {f"octavo {kind}": cells.get(of, "octavo", f"{row} {kind}", every) for kind in KINDS}
+    found: dict[str, Any] = {
+        f"octavo {kind}": cells.get(of, "octavo", f"{row} {kind}", every) for kind in ("plain", "best")
+    }
     for library in libraries:
         first = {method: cells.get(of, library, method, [0])[0] for method in methods(library, row)}
         metric, sign = next(iter(of.metrics.items()))
         worked = [method for method, cell in first.items() if "values" in cell]
         best = max(worked, key=lambda method: sign * first[method]["values"][metric], default=None)
         for method in first:
-            found[f"{library} {method}"] = cells.get(of, library, method, every if method == best else [0])
+            wanted = every if method == best or not cells.makes else [0]
+            found[f"{library} {method}"] = cells.get(of, library, method, wanted)
     return found
 
 
-KINDS = ("plain", "best")
-
-
 def table(of: Subject, rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """Markdown. A peer's figure is followed by how much better octavo's is, with its standard error over the draws."""
+    """Markdown, one for each metric, with a column for each library: its best method.
+
+    A peer's figure is followed by how much better octavo's is, with its standard error over the draws.
+    """
+    libraries = list(dict.fromkeys(name.split()[0] for found in rows.values() for name in found))
     lines = []
     for metric, sign in of.metrics.items():
-        goal = " goal |" if metric == "cosine" else ""
-        lines += [f"| {metric} | octavo's choice | plain |{goal} peers: octavo is better by |"]
-        lines += ["| --- | --- | --- | " + ("--- | " if goal else "") + "--- |"]
+        has_goal = metric == "cosine"
+        head = [metric, "octavo's choice", "plain", *(["goal"] if has_goal else []), *libraries[1:]]
+        lines += [head, ["---"] * len(head)]
         for row, found in rows.items():
             best, plain = (_series(found[f"octavo {kind}"], metric) for kind in ("best", "plain"))
-            beside = [text for name, cells in found.items() for text in _beside(name, cells, best, (metric, sign))]
-            wanted = f" {_verdict(row, best)} |" if goal else ""
-            shown = f"{_figure(best)} | {_figure(plain)} |{wanted} {'; '.join(beside)}"
-            lines.append(f"| {row} | {shown} |")
-        lines.append("")
-    return "\n".join(lines)
+            goal = [_verdict(row, best)] if has_goal else []
+            beside = [_column(library, found, best, (metric, sign)) for library in libraries[1:]]
+            lines.append([row, _figure(best), _figure(plain), *goal, *beside])
+        lines.append([])
+    return "\n".join("| " + " | ".join(line) + " |" if line else "" for line in lines)
 
 
-def _verdict(row: str, best: Sequence[float]) -> str:
+def _verdict(row: str, best: Series) -> str:
     goal = GOALS.get(row)
-    return "" if goal is None else f"{goal} {'met' if statistics.fmean(best) >= goal else 'missed'}"
+    return "" if goal is None or not best else f"{goal} {'met' if _mean(best) >= goal else 'missed'}"
 
 
-def _beside(name: str, cells: Sequence[Any], best: Sequence[float], metric: tuple[str, int]) -> Iterator[str]:
-    library, *rest = name.split()
-    if library == "octavo":
-        return
-    if "failed" in cells[0]:
-        yield f"{library} {' '.join(rest[1:])}: could not ({_why(cells[0]['failed'])})"
-        return
-    series = _series(cells, metric[0])
-    gaps = [metric[1] * (a - b) for a, b in zip(best, series, strict=False)]
+def _column(library: str, found: Mapping[str, Any], best: Series, metric: tuple[str, int]) -> str:
+    """The library's best method for a format, or why it has none."""
+    every = {name.split(None, 2)[2]: cells for name, cells in found.items() if name.split()[0] == library}
+    worked = {method: _series(cells, metric[0]) for method, cells in every.items()}
+    worked = {method: series for method, series in worked.items() if series}
+    if not worked:
+        failures = [cell["failed"] for cells in every.values() for cell in cells if "failed" in cell]
+        return _why(failures[0]) if failures else ""
+    method = max(worked, key=lambda name: (len(worked[name]), metric[1] * _mean(worked[name])))
+    return f"{method} {_beside(worked[method], best, metric[1])}"
+
+
+def _beside(series: Series, best: Series, sign: int) -> str:
+    gaps = [sign * (best[draw] - series[draw]) for draw in series if draw in best]
+    if not gaps:
+        return _figure(series)
     error = statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else None
     spread = "one draw" if error is None else f"± {error:.2g}"
     lost = " **behind**" if error is not None and statistics.fmean(gaps) < -error else ""
-    yield f"{library} {' '.join(rest[1:])} {_figure(series)} ({statistics.fmean(gaps):+.2g} {spread}){lost}"
+    return f"{_figure(series)} ({statistics.fmean(gaps):+.2g} {spread}){lost}"
 
 
 def _why(failure: str) -> str:
-    return "needs CUDA" if "cuda" in failure.lower() or "accelerator" in failure else failure[:60]
+    """In a word or two."""
+    known = {
+        "cuda": "needs CUDA",
+        "accelerator": "needs CUDA",
+        "mslk": "needs CUDA (mslk)",
+        "mat_a": "no product on CPU",
+    }
+    return next((said for part, said in known.items() if part in failure.lower()), failure[:60])
 
 
-def _series(cells: Sequence[Any], metric: str) -> list[float]:
-    return [cell["values"][metric] for cell in cells]
+def _series(cells: Sequence[Any], metric: str) -> Series:
+    return {draw: cell["values"][metric] for draw, cell in enumerate(cells) if "values" in cell}
 
 
-def _figure(series: Sequence[float]) -> str:
-    return f"{statistics.fmean(series):.4f}"
+def _mean(series: Series) -> float:
+    return statistics.fmean(series.values())
+
+
+def _figure(series: Series) -> str:
+    return f"{_mean(series):.4f}" if series else ""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -225,6 +249,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON", help=", ".join(LIBRARIES[1:]))
     parser.add_argument("--work", type=Path, default=Path("build/benchmarks"), help="where finished cells are kept")
     parser.add_argument("--again", action="append", default=[], metavar="TEXT", help="make cells anew that have it")
+    parser.add_argument("--kept", action="store_true", help="show what is kept, and make nothing")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     return parser
 
@@ -237,7 +262,7 @@ def main() -> None:
     unknown = sorted(set(given) - set(LIBRARIES[1:]))
     if unknown:
         sys.exit(f"no peer {unknown[0]!r}: peers are {', '.join(LIBRARIES[1:])}")
-    cells = Cells(args.work, {"octavo": sys.executable, **given})
+    cells = Cells(args.work, {"octavo": sys.executable, **given}, makes=not args.kept)
     for text in args.again:
         cells.forget(text)
     names = args.format or list(importlib.import_module("benchmarks.peers.octavo_cells").FORMATS)

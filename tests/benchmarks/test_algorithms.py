@@ -28,10 +28,16 @@ def test_a_peer_counts_as_ahead_beyond_one_standard_error_of_paired_differences(
     subject = Subject("encoder", "", tmp_path, (), METRICS["encoder"])
     found = {"octavo best": cells(0.90, 0.95, 0.99), "octavo plain": cells(0.8, 0.8, 0.8)}
     # the spread over draws is large, that of the differences small
-    found |= {"modelopt int8 near": cells(0.91, 0.95, 0.98), "modelopt int8 far": cells(0.91, 0.96, 1.0)}
-    near, far = table(subject, {"int8": found}).splitlines()[2].split("; ")
-    assert "behind" not in near
-    assert "behind" in far
+    found["modelopt int8 smoothquant"] = cells(0.91, 0.95, 0.98)
+    found["torchao int8 smoothquant"] = cells(0.91, 0.96, 1.0)
+    found["torchao int8 other"] = cells(0.5, 0.5, 0.5)
+    found["llmcompressor int8 gptq"] = [{"failed": "RuntimeError: no CUDA"}]
+    _, _, row = table(subject, {"int8": found}).strip().splitlines()
+    *_, near, far, failed = (cell.strip() for cell in row.strip("| ").split("|"))
+    assert near == "smoothquant 0.9467 (+0 ± 0.0058)"
+    assert far.startswith("smoothquant 0.9567 (-0.01 ±")
+    assert far.endswith("**behind**")
+    assert failed == "needs CUDA"
 
 
 def test_finished_cells_are_not_made_again_and_crashes_are_not_kept(tmp_path):
