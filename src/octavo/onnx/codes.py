@@ -18,6 +18,7 @@ from octavo.numerics.arrays import array_of, tensor_of
 from octavo.numerics.qtensor import quantize
 from octavo.numerics.snapshot import ActivationScale, LayerSnapshot
 from octavo.onnx.fake_quantize import QUANTIZER
+from octavo.onnx.queries import FACTOR
 from octavo.onnx.runners import open_runner
 from octavo.onnx.stages import Stage
 from octavo.onnx.storage import BASE_OPSET
@@ -55,7 +56,7 @@ class NodeAgreement:
 
 @dataclass(frozen=True, slots=True)
 class _Quantize:
-    """One QuantizeLinear: the values that it reads and writes, and the type of its scale.
+    """One QuantizeLinear: the values that it reads and writes, the type of its scale, what it reads of the real input.
 
     In a narrow type it is evaluated alone: onnxruntime computes fp16 in fp32 and feeds it what it never rounded.
     """
@@ -63,6 +64,7 @@ class _Quantize:
     source: str
     codes: str
     dtype: torch.dtype
+    factor: float
     alone: ReferenceEvaluator | None
 
     @classmethod
@@ -71,8 +73,9 @@ class _Quantize:
         assert x is not None
         assert scale is not None
         assert scale.dtype is not None
+        factor = float(node.metadata_props.get(FACTOR, 1.0))
         alone = ReferenceEvaluator(_alone(node)) if scale.dtype in _NARROW else None
-        return cls(str(x.name), str(node.outputs[0].name), _NARROW.get(scale.dtype, torch.float32), alone)
+        return cls(str(x.name), str(node.outputs[0].name), _NARROW.get(scale.dtype, torch.float32), factor, alone)
 
     def codes_in(self, found: Mapping[str, Array]) -> Array:
         """Its codes among the values of a run."""
@@ -147,7 +150,7 @@ def _off(x: Array, codes: Array, node: _Quantize, activation: ActivationScale) -
     QuantizeLinear divides in the type of its scale (https://onnx.ai/onnx/operators/onnx__QuantizeLinear.html).
     """
     assert activation.scale is not None
-    scale = activation.scale.cpu().to(node.dtype)
+    scale = (activation.scale.cpu() * node.factor).to(node.dtype)
     values = (tensor_of(x).to(node.dtype) / scale).float()
     zero_point = None if activation.zero_point is None else activation.zero_point.cpu()
     ours = array_of(quantize(values, activation.format, scale=torch.ones(()), zero_point=zero_point).codes)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -24,6 +24,7 @@ _LINE = re.compile(
     r"Metadata: ?(?P<nodes>.*)$"
 )
 _TENSOR = re.compile(r"Name: .*?, Dimensions: \[(?P<shape>.*?)\].*?Datatype: (?P<dtype>\w+)")
+_WEIGHT_BYTES = re.compile(r"Total Weights Memory: (\d+) bytes")
 _NODE = re.compile(r"ONNX Layer: (.*?)\]")
 
 
@@ -81,6 +82,8 @@ class Engine:
 
     Args:
         num_bytes: Of the engine; 0 where there is none.
+        weight_bytes: Of the constants in it. TensorRT for RTX keeps the source of its kernels in an engine, too: up to
+            half a megabyte for each quantized block of a transformer, more than for one in fp16.
         problem: Why there is none, in TensorRT's words.
         needs: What the graph has that the architecture lacks; such an engine is not expected.
         wide_weights: Quantized weights that the engine holds in a float type.
@@ -89,6 +92,7 @@ class Engine:
     """
 
     num_bytes: int = 0
+    weight_bytes: int = 0
     problem: str = ""
     needs: str = ""
     wide_weights: tuple[str, ...] = ()
@@ -122,10 +126,13 @@ def _tensors(text: str) -> Iterator[EngineTensor]:
         yield EngineTensor(shape, found["dtype"])
 
 
-def judge(graph: ir.Graph, num_bytes: int, layers: list[EngineLayer]) -> Engine:
-    """Hold the layers of an engine against the graph that it was built of."""
+def judge(graph: ir.Graph, num_bytes: int, log: Sequence[str]) -> Engine:
+    """Hold the engine that a builder talked about against the graph that it was built of."""
+    layers = layers_in(log)
+    said = next(filter(None, map(_WEIGHT_BYTES.match, log)), None)
     return Engine(
         num_bytes,
+        int(said[1]) if said else 0,
         wide_weights=tuple(_wide_weights(graph, layers)),
         float_products=tuple(_float_products(graph, layers)),
         unfused_attention=tuple(_unfused_attention(graph, layers)),
@@ -133,14 +140,14 @@ def judge(graph: ir.Graph, num_bytes: int, layers: list[EngineLayer]) -> Engine:
 
 
 def _wide_weights(graph: ir.Graph, layers: list[EngineLayer]) -> Iterator[str]:
-    """Weights without a constant of their size in low precision in any layer that reads them."""
+    """Weights that the layers which read them do not hold in low precision, in one piece or in several."""
     for node in graph:
         codes = node.inputs[0] if WEIGHT in node.metadata_props else None
         if codes is None or codes.const_value is None:
             continue
         size = math.prod(codes.const_value.shape.numpy())
         there = (tensor for layer in layers if node.name in layer.nodes for tensor in layer.constants)
-        if not any(tensor.is_low and tensor.num_values >= size for tensor in there):
+        if sum(tensor.num_values for tensor in there if tensor.is_low) < size:
             yield node.metadata_props[WEIGHT]
 
 

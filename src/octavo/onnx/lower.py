@@ -34,6 +34,7 @@ from octavo.onnx.fake_quantize import (
     quantizer_of,
     reshaped,
 )
+from octavo.onnx.queries import FACTOR
 from octavo.onnx.storage import BASE_OPSET, code_type, is_float
 from octavo.spec.element import BF16, FP16, FP32, IntFormat
 from octavo.spec.tensor_format import PerChannel, PerGroup, PerTensor, PerTile, TensorFormat
@@ -188,8 +189,7 @@ class _Writer:
             x = self.put(node, "Clip", [x, *ends], f"{name}.clip").outputs[0]
         codes = self.put(node, "QuantizeLinear", [x, step, zero], f"{name}.quantize")
         codes.metadata_props[QUANTIZER] = name
-        if ALSO in node.metadata_props:
-            codes.metadata_props[ALSO] = node.metadata_props[ALSO]
+        codes.metadata_props.update({k: v for k, v in node.metadata_props.items() if k in (ALSO, FACTOR)})
         return self.put(node, "DequantizeLinear", [codes.outputs[0], step, zero], f"{name}.dequantize").outputs[0]
 
     def _replace(self, node: ir.Node, value: ir.Value) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from octavo.onnx.engine import Engine, judge, layers_in
+from octavo.onnx.engine import Engine, judge
 
 ARCHITECTURES = {"Ada (SM89)": "SM89", "Blackwell (SM120)": "SM120"}
 """The compute capabilities that engines are built for; FP4 needs the second."""
@@ -47,7 +47,7 @@ def _engine(trt: Any, path: Path, graph: ir.Graph, shapes: Mapping[str, tuple[in
     size = _build(trt, path, shapes, capability, messages)
     if not size:
         return Engine(problem=(messages or ["no engine, and no message"])[-1].splitlines()[0])
-    return judge(graph, size, layers_in(messages))
+    return judge(graph, size, messages)
 
 
 def _build(trt: Any, path: Path, shapes: Mapping[str, tuple[int, ...]], capability: str, messages: list[str]) -> int:

@@ -19,6 +19,7 @@ from octavo.onnx.from_torch import graph_of
 from octavo.onnx.layout import MANIFEST
 from octavo.onnx.lower import Style, lower
 from octavo.onnx.narrow import narrow
+from octavo.onnx.queries import scale_queries
 from octavo.onnx.stages import can_cache, stages
 from octavo.sources import LoadedModel
 from octavo.sources.graphs import GraphModule
@@ -63,6 +64,8 @@ def write_graphs(
     written = []
     use_cache = use_cache and can_cache(loaded, sample)
     for name, model in _graphs(loaded, sample, float_dtype, use_cache=use_cache):
+        if target.scales_queries:
+            scale_queries(model.graph)
         lower(model, style, opset=opset, stored=stored)
         model.producer_name, model.producer_version = "octavo", VERSION
         model.metadata_props[TARGET] = plan.target

@@ -19,6 +19,9 @@ from octavo.spec.tensor_format import PerChannel, PerTensor, TensorFormat, scale
 
 _ORT_QUANTIZATION = "https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html"
 _TENSORRT_TYPES = "https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/work-quantized-types.html"
+_TENSORRT_ATTENTION = (
+    "https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/transformers-fused-attention.html"
+)
 _OPENVINO_LPT = "https://docs.openvino.ai/2026/openvino-workflow/model-optimization.html"
 
 
@@ -63,6 +66,7 @@ class Target:
         quantizes_softmax: Attention in FP8 is fused only with its softmax in FP8, at scale 1/448.
         sums: What it wants of residual sums.
         saturates: Sums of two products of bytes saturate in 16 bits; simulation knows it.
+        scales_queries: Queries are multiplied by attention's scaling before they are quantized, not the scores.
         symmetric_weights: Integer weights cannot have zero points.
         one_kind: A product takes integers with integers and small floats with small floats.
         plain_block_scales: Scales that are powers of two are stored as numbers of the float type.
@@ -81,6 +85,7 @@ class Target:
     quantizes_softmax: bool = False
     sums: Sums = Sums.IN_FLOAT
     saturates: bool = False
+    scales_queries: bool = False
     symmetric_weights: bool = False
     one_kind: bool = False
     plain_block_scales: bool = False
@@ -258,6 +263,7 @@ TARGETS: dict[str, Target] = {
             zero_points=ZeroPoints.NONE,
             dynamic_integers=False,
             quantizes_softmax=True,
+            scales_queries=True,
             symmetric_weights=True,
             one_kind=True,
             plain_block_scales=True,
@@ -265,6 +271,7 @@ TARGETS: dict[str, Target] = {
             rules=(
                 PlacementRule("what skips a convolution is quantized before it is added", _TENSORRT_TYPES),
                 PlacementRule("attention in FP8 is fused with the softmax at scale 1/448", _TENSORRT_TYPES),
+                PlacementRule("queries are scaled before their Q/DQ and the first product", _TENSORRT_ATTENTION),
                 PlacementRule("symmetric only: every zero point is 0", _TENSORRT_TYPES),
                 PlacementRule("activations per tensor, weights per channel or in blocks", _TENSORRT_TYPES),
                 PlacementRule("no Q/DQ on outputs; the graph's types are obeyed", _TENSORRT_TYPES),
