@@ -19,4 +19,4 @@ def test_saved_bytes_are_those_of_the_plan(tmp_path: Path) -> None:
         assert row.fp16.weight_bytes > 20e6
         assert not row.engine.wide_weights
         assert abs(row.off) < 0.1
-        assert abs(row.weights_off) < 0.01
+        assert abs(row.weights_off) < 0.02  # scales of groups are fp16 there, and fp32 in the account
