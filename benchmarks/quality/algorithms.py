@@ -175,7 +175,8 @@ def table(of: Subject, rows: Mapping[str, Mapping[str, Any]]) -> str:
     lines = []
     for metric, sign in of.metrics.items():
         has_goal = metric == "cosine"
-        head = [metric, "octavo's choice", "plain", *(["goal"] if has_goal else []), *libraries[1:]]
+        named = [f"{library} {_version(library, rows)}".strip() for library in libraries[1:]]
+        head = [metric, "octavo's choice", "plain", *(["goal"] if has_goal else []), *named]
         lines += [head, ["---"] * len(head)]
         for row, found in rows.items():
             best, plain = (_series(found[f"octavo {kind}"], metric) for kind in ("best", "plain"))
@@ -184,6 +185,13 @@ def table(of: Subject, rows: Mapping[str, Mapping[str, Any]]) -> str:
             lines.append([row, _figure(best), _figure(plain), *goal, *beside])
         lines.append([])
     return "\n".join("| " + " | ".join(line) + " |" if line else "" for line in lines)
+
+
+def _version(library: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
+    cells = [
+        cell for found in rows.values() for name, part in found.items() if name.split()[0] == library for cell in part
+    ]
+    return next((cell["version"] for cell in cells if "version" in cell), "")
 
 
 def _verdict(row: str, best: Series) -> str:
