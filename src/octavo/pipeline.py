@@ -657,6 +657,9 @@ def _door_on(loaded: LoadedModel, batches: Iterable[Any]) -> Door:
 
 def _resolved(door: Door, recipe: Recipe, target: str, *, may_untie: bool) -> Plan:
     """The plan, with what becomes of rotations that are to be fused into weights."""
+    for step, algorithm in make_algorithms(recipe.steps):
+        if why := door.why_not(algorithm.needs):
+            raise UserError(f"step '{step.name}': {why}")
     rotation = fused_rotation(recipe.steps)
     if rotation is None:
         return resolve(recipe, door.facts(), target)

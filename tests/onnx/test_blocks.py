@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hand_made_graphs import add, empty, finish, initializer
 from octavo import pipeline
+from octavo.errors import UserError
 from octavo.numerics.statistics import Need
 from octavo.numerics.store import Store
 from octavo.onnx.blocks import GraphBlock
@@ -168,3 +169,78 @@ def test_a_walk_that_was_cut_off_goes_on_and_ends_with_the_same_bytes(
     assert torch.equal(output(run.loaded), output(whole.loaded))
     for file in ("quantized.safetensors", "layout.json"):
         assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+def deviation(path: Path, recipe: str) -> tuple[pipeline.Run, float]:
+    """The run, and how far its function in full precision is from the file's."""
+    run = pipeline.quantize(open_model(path), read_recipe(recipe, "r.yaml"), DATA)
+    with run.door.disabled(lambda name: True):
+        return run, float((output(run.loaded) - output(open_model(path))).abs().max() / output(open_model(path)).std())
+
+
+RULES = "rules: [{select: 'operation:linear', scheme: {weight: int4-group32, input: int8-tensor}}]"
+ROTATED = f"{RULES}\nsteps: [BEFORE{{rotate: {{block: SIZE}}}}]"
+
+
+@pytest.mark.parametrize(("size", "before"), [("32", ""), ("whole", "{smoothquant: {alpha: 0.5}}, ")])
+def test_rotations_stand_in_front_of_the_layers(tmp_path: Path, size: str, before: str) -> None:
+    path = graph(tmp_path / "g.onnx")
+    run, far = deviation(path, ROTATED.replace("SIZE", size).replace("BEFORE", before))
+    assert 0 < far < 1e-4
+    assert {f"{i}.{part}" for i in range(3) for part in ("up", "down")} == {
+        name.removesuffix(".input_rotation") for name, _ in run.door.simulated_extras() if "rotation" in name
+    }
+    assert run.plan.decision("1.down").beside.rotation == (32 if size == "32" else 128)
+    comes_back(run, tmp_path)
+
+
+def test_low_rank_branches_stand_beside_the_layers(tmp_path: Path) -> None:
+    path = graph(tmp_path / "g.onnx")
+    plain = "rules: [{select: 'operation:linear', scheme: {weight: int4-group32}}]"
+    run, far = deviation(path, f"{plain}\nsteps: [{{svdquant: {{rank: 16}}}}]")
+    assert 0 < far < 1e-4
+    assert run.plan.decision("0.up").beside.rank == 16
+    assert error(path, f"{plain}\nsteps: [{{svdquant: {{rank: 16}}}}]") < 0.7 * error(path, plain)
+    comes_back(run, tmp_path)
+
+
+def comes_back(run: pipeline.Run, tmp_path: Path) -> None:
+    """From the run directory, and as a file that means the same."""
+    pipeline.save(run, tmp_path / "run")
+    again = pipeline.load(tmp_path / "run")
+    assert torch.equal(output(again.loaded), output(run.loaded))
+    assert pipeline.verify(tmp_path / "run", again, DATA).agrees
+    out = pipeline.export(tmp_path / "run", tmp_path / "onnx", layout="onnx")
+    found = pipeline.verify(out, again, DATA)
+    assert found.agrees, found.to_json_object()
+
+
+def test_scales_rotations_and_branches_survive_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = graph(tmp_path / "g.onnx", num_layers=9)
+    steps = "steps: [{smoothquant: {alpha: 0.5}}, {rotate: {block: 32}}, {svdquant: {rank: 8}}, gptq]"
+    recipe = read_recipe(f"{RULES}\n{steps}", "r.yaml")
+    whole = pipeline.quantize(open_model(path), recipe, DATA)
+    settle = GraphBlock.settle
+
+    def dying(block: GraphBlock) -> Mapping[str, str]:
+        if block.name.startswith("piece 2"):
+            raise InterruptedError
+        return settle(block)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GraphBlock, "settle", dying)
+        with pytest.raises(InterruptedError):
+            pipeline.quantize(open_model(path), recipe, DATA, checkpoint=tmp_path / "kept")
+    run = pipeline.quantize(open_model(path), recipe, DATA, checkpoint=tmp_path / "kept")
+    assert torch.equal(output(run.loaded), output(whole.loaded))
+
+
+def test_steps_that_learn_by_gradients_are_refused_before_work(tmp_path: Path) -> None:
+    recipe = read_recipe(f"{RULES}\nsteps: [learned_rounding]", "r.yaml")
+    path = graph(tmp_path / "g.onnx")
+    with pytest.raises(
+        UserError, match=r"step 'learned_rounding': it learns by gradients, which a graph does not give"
+    ):
+        pipeline.plan(open_model(path), recipe)
+    with pytest.raises(UserError, match="step 'learned_rounding'"):
+        pipeline.quantize(open_model(path), recipe, DATA)

@@ -29,7 +29,7 @@ _NEAREST_EDGE = 0.45  # of a step: how near to the edge of its cell a weight may
 class LearnedRoundingAlgorithm:
     """See the module."""
 
-    needs = frozenset({Need.GRAM, Need.OUTPUTS, Need.QUANTIZED})
+    needs = frozenset({Need.GRAM, Need.OUTPUTS, Need.QUANTIZED, Need.GRADIENTS})
     preserves_function = False
 
     def __init__(self, options: LearnedRounding) -> None:

@@ -40,8 +40,8 @@ _COARSE = 5e-2  # of fp16 and bf16: a weight is rounded every time it is written
 def require_data_for(steps: Steps) -> None:
     """Raise ``UserError`` when a step cannot work without calibration data."""
     for step, algorithm in steps:
-        if algorithm.needs - {Need.QUANTIZED}:
-            what = ", ".join(sorted(need.value.replace("_", " ") for need in algorithm.needs - {Need.QUANTIZED}))
+        if gathered := algorithm.needs - {Need.QUANTIZED, Need.GRADIENTS}:
+            what = ", ".join(sorted(need.value.replace("_", " ") for need in gathered))
             raise UserError(
                 f"step '{step.name}' learns from the inputs of the layers ({what}): give calibration data, or take the "
                 "step out of the recipe"

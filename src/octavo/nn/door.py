@@ -26,6 +26,7 @@ from octavo.nn.ties import tie_again
 from octavo.nn.walk import Walk
 from octavo.numerics.door import RotationFacts
 from octavo.numerics.snapshot import LayerSnapshot
+from octavo.numerics.statistics import Need
 from octavo.numerics.store import Store
 from octavo.sources.feeding import feed
 from octavo.spec.facts import ModelFacts
@@ -68,6 +69,10 @@ class TorchDoor:
             found = self._rotations.find(kinds, run, may_untie=may_untie)
         self._known = None
         return found
+
+    def why_not(self, needs: frozenset[Need]) -> str:
+        """See ``Door.why_not``: there is nothing that a block of modules could not give."""
+        return ""
 
     def tie_again(self) -> None:
         """See ``Door.tie_again``."""

@@ -298,6 +298,10 @@ class Door(Protocol):
         """Sites, parameters, multiply-adds. Nothing in the model changes."""
         ...
 
+    def why_not(self, needs: frozenset[Need]) -> str:
+        """Why blocks of this model cannot give what an algorithm needs, and the way out; empty when they can."""
+        ...
+
     def find_rotations(self, kinds: frozenset[str], *, may_untie: bool) -> RotationFacts:
         """Look for what rotations could be fused into; before ``facts``.
 

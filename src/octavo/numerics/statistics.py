@@ -28,6 +28,7 @@ class Need(Enum):
     SAMPLED_GRAM = "sampled_gram"  # the same from some of the rows, where there are far more than channels: cheaper
     CROSS = "cross"  # X_full^T X, where X_full came by the unquantized path and X by the quantized one
     UNROUNDED = "unrounded"  # weights are kept as they were before they were rounded
+    GRADIENTS = "gradients"  # of a block's outputs to weights that it is run with
     OUTPUTS = "outputs"  # the block's unquantized outputs are kept
     QUANTIZED = (
         "quantized"  # inputs come through the quantized blocks before, whose errors the algorithm can make up for

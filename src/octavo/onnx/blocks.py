@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,14 +22,16 @@ from octavo.errors import UserError
 from octavo.numerics.arrays import array_of, tensor_of
 from octavo.numerics.block_state import BlockState
 from octavo.numerics.door import Fold, InputGroup
+from octavo.numerics.hadamard import rotate
 from octavo.numerics.observers import NotFiniteError
 from octavo.numerics.qtensor import QTensor
 from octavo.numerics.statistics import Gatherer, InputStatistics, Need
 from octavo.numerics.store import Store
 from octavo.numerics.tensor_error import relative_error
+from octavo.onnx.beside import branch_of, rotation_of
 from octavo.onnx.calibration import Calibration, outer_of
 from octavo.onnx.convolutions import maker_of, rows_of
-from octavo.onnx.graph import GraphSite
+from octavo.onnx.graph import GraphSite, whole
 from octavo.onnx.segments import reads
 from octavo.onnx.sessions import session_of
 from octavo.spec.facts import Slot
@@ -177,7 +180,7 @@ class GraphBlock:
         node, width = self._sites[layer].product, self._sites[layer].facts.weight_shape[0]
         if node is None:
             return None
-        users = list(node.outputs[0].consumers())
+        users = list(whole(node).consumers())
         if node.op_type in ("Gemm", "Conv"):
             found = node.inputs[2] if len(node.inputs) > 2 else None
         elif (
@@ -209,11 +212,13 @@ class GraphBlock:
         return self.calibration.spec(layer, Slot.INPUT)
 
     def takes_low_rank(self, layer: str) -> bool:
-        """See ``Block.takes_low_rank``: a graph gets no branches."""
-        return False
+        """See ``Block.takes_low_rank``; an output quantizer would round the product without its branch."""
+        site = self._sites[layer]
+        is_plain = self._has_own_weights([layer]) and self.calibration.spec(layer, Slot.OUTPUT) is None
+        return is_plain and branch_of(site) is None
 
     def is_turned(self, layer: str) -> bool:
-        """See ``Block.is_turned``; a graph gets no rotations."""
+        """See ``Block.is_turned``; nothing is rotated in a graph's weights alone."""
         return False
 
     def groups(self) -> Sequence[InputGroup]:
@@ -332,8 +337,7 @@ class GraphBlock:
 
     def set_pre_scale(self, group: InputGroup, scale: Tensor) -> None:
         """See ``Block.set_pre_scale``: into the norm, or in front of the layers."""
-        if any(name in self.calibration.weights for name in group.layers):
-            raise UserError(f"layer '{group.layers[0]}': its weight is fixed already, so its input cannot be scaled")
+        self._refuse_late(group.layers, "scaled")
         if not bool((scale.isfinite() & (scale > 0)).all()):
             raise UserError(f"layer '{group.layers[0]}': a scale of its input is not positive and finite")
         norm = self._norm(group.layers)
@@ -356,14 +360,34 @@ class GraphBlock:
         self.piece.nodes.extend(node for node in nodes if node is not None)
 
     def set_input_rotation(self, group: InputGroup, block_size: int) -> None:
-        """See ``Block.set_input_rotation``; a graph gets no rotations."""
-        raise UserError(
-            f"layer '{group.layers[0]}': inputs of a graph's layers are not rotated: quantize the torch model"
-        )
+        """See ``Block.set_input_rotation``: nodes in front of the layers."""
+        self._refuse_late(group.layers, "rotated")
+        if not self._has_own_weights(group.layers):
+            raise UserError(f"layer '{group.layers[0]}': only inputs of linear layers can be rotated")
+        turn = partial(rotate, block_size=block_size)
+        turned = {name: turn(self.read_weight(name)) for name in group.layers}
+        self._take_in(*self.calibration.rotate(group.layers, block_size))
+        for name, weight in turned.items():
+            self.write_weight(name, weight)
+            if name in self._statistics:
+                self._statistics[name] = self._statistics[name].turned(turn)
+        self._has_folded = True
 
     def set_low_rank(self, layer: str, a: Tensor, b: Tensor) -> None:
-        """See ``Block.set_low_rank``; a graph gets no branches."""
-        raise UserError(f"layer '{layer}': a graph gets no low-rank branches: quantize the torch model")
+        """See ``Block.set_low_rank``: nodes beside the layer."""
+        if not self.takes_low_rank(layer):
+            raise UserError(f"layer '{layer}': a low-rank branch needs a linear layer that has none yet")
+        self._take_in(*self.calibration.branch(layer, a, b))
+
+    def _refuse_late(self, layers: Iterable[str], what: str) -> None:
+        """What is done to an input comes before rounding, before branches, and scales before rotations."""
+        for name in layers:
+            site = self._sites[name]
+            if name in self.calibration.weights or branch_of(site) is not None or rotation_of(site):
+                raise UserError(
+                    f"layer '{name}': its weight is fixed, or its input rotated already, or it has a branch, so its "
+                    f"input cannot be {what} any more; steps that scale come before those that rotate and round"
+                )
 
     # Runs
 

@@ -18,6 +18,7 @@ from octavo.numerics.block_state import BlockState, from_parts, named_parts
 from octavo.numerics.observers import NotFiniteError, Observer, make_observer
 from octavo.numerics.qtensor import QTensor
 from octavo.numerics.scaling import scale_from_range
+from octavo.onnx.beside import add_branch, branch_of, rotate_input
 from octavo.onnx.graph import GraphSite
 from octavo.onnx.marked import Found, Range, quantizers_of, simulated
 from octavo.onnx.pre_scales import divide_input, pre_scale_of
@@ -61,6 +62,8 @@ class Calibration:
         self._ranges: dict[str, Range] = {}
         self._off = {name for name, _, _, _ in self._quantizers}
         self._divided: dict[str, list[str]] = {}  # initializer -> layers, since the last state
+        self._rotated: dict[str, list[Any]] = {}  # first layer -> all of them, and the size of blocks
+        self._branched: list[str] = []
 
     def spec(self, layer: str, slot: Slot) -> QuantizerSpec | None:
         """What the plan gives a slot."""
@@ -108,6 +111,18 @@ class Calibration:
         self._divided[str(node.inputs[1].name)] = list(layers)  # type: ignore[union-attr]
         self._written.add(str(node.inputs[1].name))  # type: ignore[union-attr]
         return node
+
+    def rotate(self, layers: Sequence[str], block_size: int) -> list[ir.Node]:
+        """Rotate what ``layers`` read, in front of them; the nodes that are new."""
+        self._rotated[layers[0]] = [list(layers), block_size]
+        return rotate_input(self.model.graph, [self.sites[layer] for layer in layers], block_size)
+
+    def branch(self, layer: str, a: Tensor, b: Tensor) -> list[ir.Node]:
+        """Put a low-rank branch beside ``layer``; the nodes that are new."""
+        nodes = add_branch(self.model.graph, self.sites[layer], a, b)
+        self._branched.append(layer)
+        self._written.update(str(value.name) for value in branch_of(self.sites[layer]) or ())
+        return nodes
 
     def observed_in(self, sites: Iterable[str]) -> list[str]:
         """Tensors that quantizers of these sites look at."""
@@ -197,8 +212,19 @@ class Calibration:
             assert value is not None
             tensors[f"model.{name}"] = tensor_of(value.numpy())
         self._written.clear()
-        divided, self._divided = self._divided, {}
-        return BlockState(tensors, {"on": [name for name in names if name not in self._off], "divided": divided})
+        facts = {
+            "on": [name for name in names if name not in self._off],
+            "divided": dict(self._divided),
+            "rotated": dict(self._rotated),
+            "branched": list(self._branched),
+        }
+        self._forget_additions()
+        return BlockState(tensors, facts)
+
+    def _forget_additions(self) -> None:
+        self._divided.clear()
+        self._rotated.clear()
+        self._branched.clear()
 
     def bring_back(self, sites: Iterable[str], state: BlockState) -> list[ir.Node]:
         """Find what ``state`` was found to be.
@@ -208,7 +234,12 @@ class Calibration:
         """
         divided = state.facts["divided"].items()
         nodes = [self.divide(layers, state.tensors[f"model.{name}"]) for name, layers in divided]
-        self._divided.clear()
+        for layers, block_size in state.facts["rotated"].values():
+            nodes += self.rotate(layers, block_size)
+        for layer in state.facts["branched"]:
+            factors = (state.tensors[f"model.{layer}.low_rank.{part}"] for part in "ab")
+            nodes += self.branch(layer, *(factor.T for factor in factors))
+        self._forget_additions()
         for key, tensor in state.tensors.items():
             if key.startswith("model."):
                 self.write(key.removeprefix("model."), tensor)

@@ -21,7 +21,9 @@ from octavo.numerics.door import RotationFacts, Walk
 from octavo.numerics.observers import Observer
 from octavo.numerics.qtensor import QTensor
 from octavo.numerics.snapshot import LayerSnapshot
+from octavo.numerics.statistics import Need
 from octavo.numerics.store import Store
+from octavo.onnx.beside import extras_of, tensors_of
 from octavo.onnx.blocks import GraphWalk
 from octavo.onnx.calibration import Calibration, observers_of, update
 from octavo.onnx.graph import GraphSite, facts_of, find_sites, macs_of, measured
@@ -99,6 +101,15 @@ class OnnxDoor:
     def find_rotations(self, kinds: frozenset[str], *, may_untie: bool) -> RotationFacts:
         """See ``Door.find_rotations``: a graph gets none."""
         return RotationFacts(tuple(f"rotate: {kind}: weights of a graph are not rotated" for kind in sorted(kinds)))
+
+    def why_not(self, needs: frozenset[Need]) -> str:
+        """See ``Door.why_not``: onnxruntime has no gradients."""
+        if Need.GRADIENTS not in needs:
+            return ""
+        return (
+            "it learns by gradients, which a graph does not give: take the step out (gptq needs none), or quantize the "
+            "torch model and write it with --layout onnx"
+        )
 
     def tie_again(self) -> None:
         """See ``Door.tie_again``: nothing was untied."""
@@ -258,8 +269,7 @@ class OnnxDoor:
     def restore(self, plan: Plan, tensors: Mapping[str, Tensor], layers: Iterable[LayerSnapshot]) -> None:
         """See ``Door.restore``."""
         layers = list(layers)
-        scales = {f"{layer.name}.pre_scale": layer.pre_scale for layer in layers if layer.pre_scale is not None}
-        model = filled(self.module.path, {**tensors, **scales})
+        model = filled(self.module.path, {**tensors, **tensors_of(layers)})
         self.module.reopen(lambda: session_of(model))
         self._know(model)
         ranges: dict[str, Range] = {}
@@ -290,10 +300,9 @@ class OnnxDoor:
         return {name: float(scale) for name, (scale, _) in self._found.ranges.items()}
 
     def simulated_extras(self) -> Iterator[tuple[str, Tensor]]:
-        """See ``Door.simulated_extras``: scales of inputs; a graph has no branches."""
+        """See ``Door.simulated_extras``."""
         for layer in self.snapshot().layers():
-            if layer.pre_scale is not None:
-                yield f"{layer.name}.pre_scale", layer.pre_scale
+            yield from extras_of(layer)
 
     def twin(
         self,
@@ -305,7 +314,8 @@ class OnnxDoor:
         """See ``Door.twin``."""
         assert self._plan is not None
         model = self._look()[0].clone()
-        here = {name: value for name, value in extras.items() if name in model.graph.initializers}
+        here = {name: value for name, value in extras.items() if name in model.graph.initializers and value.ndim}
+        here |= {name: value.T for name, value in here.items() if ".low_rank." in name}
         for name, value in {**tensors, **here}.items():
             model.graph.initializers[name].const_value = ir.Tensor(array_of(value), name=name)
         twin = OnnxDoor(GraphModule(self.module.path), self.source)

@@ -26,6 +26,8 @@ _NORMS = frozenset(
         "SkipLayerNormalization",
     )
 )
+BESIDE = "octavo.beside"
+"""Metadata of a node that algorithms put beside a layer: it is part of no site."""
 _LAYERS = frozenset(("MatMul", "Gemm", "Conv", "ConvTranspose"))
 _INTEGER_LAYERS = frozenset(
     (
@@ -109,6 +111,8 @@ class _Finder:
         self.makers: dict[ir.Node, str] = {}  # convolutions and residual sums -> their sites
 
     def look_at(self, node: ir.Node) -> None:
+        if BESIDE in node.metadata_props:
+            return
         if why := _quantized_already(node):
             self._add(node, "other", {}, obstacle=f"{why} quantized in the file already: kept as it is")
             return
@@ -307,9 +311,17 @@ def _shape(value: ir.Value) -> tuple[int, ...]:
     return tuple(value.const_value.shape.numpy())
 
 
+def whole(node: ir.Node) -> ir.Value:
+    """What a layer gives, with the low-rank branch beside it where there is one."""
+    value = node.outputs[0]
+    users = value.consumers()
+    has_branch = len(users) == 1 and users[0].op_type == "Add" and BESIDE in users[0].metadata_props
+    return users[0].outputs[0] if has_branch else value
+
+
 def _own_parameters(node: ir.Node, weight: ir.Value | None) -> Iterator[ir.Value]:
     """Other float parameters that a node reads, and the bias that the next one adds."""
-    followers = [user for user in node.outputs[0].consumers() if user.op_type == "Add"] if weight is not None else []
+    followers = [user for user in whole(node).consumers() if user.op_type == "Add"] if weight is not None else []
     for reader in (node, *followers):
         for index in range(len(reader.inputs)):
             value = _weight(reader, index)

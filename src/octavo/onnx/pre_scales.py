@@ -9,7 +9,7 @@ import onnx_ir as ir
 from torch import Tensor
 
 from octavo.numerics.arrays import array_of
-from octavo.onnx.graph import GraphSite
+from octavo.onnx.graph import BESIDE, GraphSite
 from octavo.spec.facts import Slot
 
 _MARK = "octavo.pre_scale"
@@ -44,4 +44,6 @@ def divide_input(graph: ir.Graph, sites: Sequence[GraphSite], scale: Tensor) -> 
 def pre_scale_of(site: GraphSite) -> ir.Value | None:
     """The initializer that divides a site's input; ``None`` where ``divide_input`` put nothing."""
     maker = site.operands[Slot.INPUT].value.producer() if Slot.INPUT in site.operands else None
+    while maker is not None and BESIDE in maker.metadata_props:  # a rotation comes behind it
+        maker = None if maker.inputs[0] is None else maker.inputs[0].producer()
     return maker.inputs[1] if maker is not None and _MARK in maker.metadata_props else None

@@ -10,6 +10,7 @@ from torch import Tensor
 from octavo.numerics.arrays import tensor_of
 from octavo.numerics.qtensor import QTensor
 from octavo.numerics.snapshot import ActivationScale, LayerSnapshot
+from octavo.onnx.beside import factors_of, initializers_of, rotation_of
 from octavo.onnx.graph import GraphSite
 from octavo.onnx.marked import Found
 from octavo.onnx.pre_scales import pre_scale_of
@@ -59,6 +60,8 @@ class GraphSnapshot:
             activations=activations,
             fusion_group=group,
             pre_scale=self._pre_scale(site.name),
+            input_rotation=rotation_of(self.sites[site.name]),
+            low_rank=factors_of(self.sites[site.name]),
         )
 
     def _pre_scale(self, name: str) -> Tensor | None:
@@ -68,7 +71,7 @@ class GraphSnapshot:
     def passthrough(self) -> Iterator[tuple[str, Tensor]]:
         """See ``Snapshot.passthrough``."""
         quantized = {layer.weight_name for layer in self.layers()}
-        quantized |= {str(value.name) for site in self.sites.values() if (value := pre_scale_of(site)) is not None}
+        quantized |= {name for site in self.sites.values() for name in initializers_of(site)}
         for name, value in self.model.graph.initializers.items():
             data = value.const_value
             if data is not None and data.nbytes > SMALL_BYTES and name not in quantized:
