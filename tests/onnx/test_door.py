@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from octavo import pipeline
+from octavo.cli.work import check_batch
 from octavo.errors import UserError
 from octavo.onnx.door import OnnxDoor
 from octavo.onnx.fusion import fusion_of
@@ -213,6 +214,12 @@ def test_arrays_are_named_like_the_inputs(tmp_path: Path) -> None:
     assert len(data) == 10
     with pytest.raises(UserError, match=r"has an input 'x' \['n', 128\], and the batch has 'wrong'"):
         open_model(helper_graph(tmp_path / "g.onnx")).model(wrong=torch.zeros(1, 128))
+
+
+def test_what_onnxruntime_says_of_data_is_said_without_its_own_sources(tmp_path: Path) -> None:
+    loaded = open_model(helper_graph(tmp_path / "g.onnx"))
+    with pytest.raises(UserError, match=r"data 'd' does not fit model .* says: Got invalid dimensions for input: x"):
+        check_batch(loaded, {"x": torch.zeros(1, 5)}, "d")
 
 
 def test_control_flow_is_left_alone_with_a_reason(tmp_path: Path) -> None:

@@ -144,7 +144,10 @@ def verify(
     screen = Screen(json, quiet)
     run = run or (directory if is_run(directory) else None)
     if run is None:
-        raise UserError(f"{directory} is not a run: say which run it was made of, --run RUN")
+        raise UserError(
+            f"{directory} is not a run: say which run it was made of, --run RUN; a graph that was quantized into a "
+            "file alone has none: quantize with a directory as --out, and export that"
+        )
     simulated = pipeline.load(run, device=device, trust_remote_code=trust_remote_code)
     chosen = None
     if data is not None:

@@ -272,6 +272,12 @@ class OnnxDoor:
         model = filled(self.module.path, {**tensors, **tensors_of(layers)})
         self.module.reopen(lambda: session_of(model))
         self._know(model)
+        lost = sorted({decision.site.name for decision in plan.decisions} - self._look()[2].keys())
+        if lost:
+            raise UserError(
+                f"{self.module.path.parent}: its graph has no '{lost[0]}', which its plan names: the run is damaged, "
+                "or another version of octavo wrote it; quantize the model again"
+            )
         ranges: dict[str, Range] = {}
         weights: dict[str, QTensor | Tensor] = {}
         for layer in layers:

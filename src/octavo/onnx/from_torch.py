@@ -6,6 +6,7 @@ import ast
 import logging
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -142,13 +143,16 @@ def _rounds_probabilities(module: nn.Module) -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """torch's exporter logs what it skipped among its own operators."""
+    """torch's exporter logs what it skipped among its own operators, and warns of what it does itself."""
     talkative = [logging.getLogger(name) for name in ("torch.onnx", "torch.onnx._internal.exporter._registration")]
     levels = [logger.level for logger in talkative]
     for logger in talkative:
         logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+            yield
     finally:
         for logger, level in zip(talkative, levels, strict=True):
             logger.setLevel(level)

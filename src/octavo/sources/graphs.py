@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,16 @@ def check_graph_file(path: Path) -> None:
         raise UserError(f"model '{path}' is not an ONNX file: it is damaged, or something else by that name") from error
     if not nodes:
         raise UserError(f"model '{path}' holds no graph: the file is empty, or was cut short")
+
+
+def _reason(message: str) -> str:
+    """What onnxruntime says, without its error code and the place in its own sources.
+
+    >>> _reason("[ONNXRuntimeError] : 1 : FAIL : at Add. Status Message: /a/b.h:58 void F(int) x was false. 7 by 8")
+    'at Add. 7 by 8'
+    """
+    message = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", message.strip())
+    return re.sub(r"Status Message: /\S+:\d+ .*? was false\. ", "", message)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +179,10 @@ class GraphModule(nn.Module):
             found: Arrays = self._run(arrays)
         else:
             names = [value.name for value in self.session.get_outputs()]
-            found = dict(zip(names, self.session.run(None, arrays), strict=True))
+            try:
+                found = dict(zip(names, self.session.run(None, arrays), strict=True))
+            except Exception as error:  # onnxruntime raises types of its own
+                raise RuntimeError(_reason(str(error))) from error
         outputs = {name: tensor_of(value) for name, value in found.items()}
         tokens = next((value for value in outputs.values() if value.ndim == 3), None)
         if tokens is not None and "text_embeds" not in outputs:

@@ -309,6 +309,6 @@ def target_named(name: str) -> Target:
     known = TARGETS | CHECKPOINT_TARGETS
     if name in known:
         return known[name]
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    near = [other for other in known if other.startswith(name)] or difflib.get_close_matches(name, known, cutoff=0.4)
     hint = f"did you mean {near[0]!r}?  " if near else ""
     raise UserError(f"unknown target {name!r}: {hint}targets are {', '.join(known)}")
