@@ -70,11 +70,13 @@ def _why_not(block: Block, group: InputGroup, layers: Sequence[str]) -> str:
 
 def _searched_scale(block: Block, group: InputGroup, points: int) -> Tensor:
     statistics = block.statistics(group.layers[0])
-    assert statistics.gram is not None
     readers = [Reader.of(block.read_weight(layer), block.weight_spec(layer).format) for layer in group.layers]
     spec = block.input_spec(group.layers[0])
     judge = Rescaling(
-        readers, statistics.gram / max(1, statistics.count), statistics.amax, None if spec is None else spec.format
+        readers,
+        statistics.expected_gram / max(1, statistics.count),
+        statistics.amax,
+        None if spec is None else spec.format,
     )
     columns = torch.stack([reader.weight.square().mean(0).sqrt() for reader in readers]).mean(0)
     return best_scale(judge, statistics.mean_square.sqrt(), columns, points=points, tie=group.tie)

@@ -46,10 +46,10 @@ class GptqAlgorithm:
 
     def _fix(self, block: Block, layer: str, *, reads_input: bool) -> None:
         statistics, options = block.statistics(layer), self.options
-        weight, fmt, gram = block.read_weight(layer), block.weight_spec(layer).format, statistics.gram
-        assert gram is not None
+        weight, fmt, gram = block.read_weight(layer), block.weight_spec(layer).format, statistics.expected_gram
         if options.asymmetric and reads_input and statistics.cross is not None:
-            weight = compensated(weight, gram, statistics.cross - gram, options.damping)
+            assert statistics.gram is not None
+            weight = compensated(weight, statistics.gram, statistics.cross - statistics.gram, options.damping)
         measures = {"plain": PLAIN, "importance": Weighting(importance=gram.diagonal()), "gram": Weighting(gram=gram)}
         scale, zero_point = search_scales(weight, fmt, measures[options.scales], outer=agreed_outer(block, layer))
         how = Feedback(options.damping, options.act_order, options.block_size, options.sweeps)

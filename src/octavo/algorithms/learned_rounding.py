@@ -47,8 +47,7 @@ class LearnedRoundingAlgorithm:
         return left
 
     def _movable(self, block: Block, layer: str) -> _Movable:
-        weight, gram = block.read_weight(layer).float(), block.statistics(layer).gram
-        assert gram is not None
+        weight, gram = block.read_weight(layer).float(), block.statistics(layer).expected_gram
         scale, zero_point = searched(block, layer, "gram")
         fmt = block.weight_spec(layer).format
         start = round_with_feedback(weight, gram, fmt, scale=scale, zero_point=zero_point, options=Feedback(sweeps=2))

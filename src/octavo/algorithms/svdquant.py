@@ -45,8 +45,7 @@ class SvdQuantAlgorithm:
             if reason:
                 left[layer] = reason
                 continue
-            gram = block.statistics(layer).gram
-            assert gram is not None
+            gram = block.statistics(layer).expected_gram
             a, b = branch(weight.float(), gram, block.weight_spec(layer).format, self.options)
             a, b = a.to(weight.dtype), b.to(weight.dtype)
             block.set_low_rank(layer, a, b)

@@ -51,10 +51,10 @@ def searched(block: Block, layer: str, measure: Measure) -> tuple[Tensor | QTens
     """
     statistics = block.statistics(layer) if measure != "plain" else None
     weighting = PLAIN
-    if statistics is not None:
-        weighting = (
-            Weighting(gram=statistics.gram) if measure == "gram" else Weighting(importance=statistics.mean_square)
-        )
+    if statistics is not None and measure == "gram":
+        weighting = Weighting(gram=statistics.expected_gram)
+    elif statistics is not None:
+        weighting = Weighting(importance=statistics.mean_square)
     return search_scales(
         block.read_weight(layer), block.weight_spec(layer).format, weighting, outer=agreed_outer(block, layer)
     )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from octavo.numerics.histogram import NotFiniteError
+from octavo.numerics.shrinkage import shrunk
 
 
 class Need(Enum):
@@ -47,6 +48,7 @@ class InputStatistics:
         squares: ``(in_features,)`` sum of the squares of every channel.
         gram: ``(in_features, in_features)`` sum of ``x^T x``, fp32; an estimate of it for ``SAMPLED_GRAM``.
         cross: ``(in_features, in_features)`` sum of ``x_full^T x``, fp32; row: channel on the unquantized path.
+        num_gram_rows: Rows behind ``gram``: fewer than ``count`` for ``SAMPLED_GRAM``.
         is_assumed: No row was seen (by an expert that no token was sent to), and one of white noise stands for them:
             errors are then those of the weight alone.
     """
@@ -58,6 +60,7 @@ class InputStatistics:
     squares: Tensor | None = None
     gram: Tensor | None = None
     cross: Tensor | None = None
+    num_gram_rows: int = 0
     is_assumed: bool = False
 
     @classmethod
@@ -72,6 +75,12 @@ class InputStatistics:
         assert self.low is not None, "not known after a rotation"
         assert self.high is not None
         return torch.maximum(-self.low, self.high).clamp(min=0)
+
+    @property
+    def expected_gram(self) -> Tensor:
+        """What ``gram`` would be of other rows like these, as well as can be told: see ``numerics.shrinkage``."""
+        assert self.gram is not None, "GRAM was not asked for"
+        return shrunk(self.gram, self.num_gram_rows)
 
     @property
     def mean(self) -> Tensor:
@@ -116,7 +125,14 @@ class InputStatistics:
             return None if part is None else turn(turn(part).T.contiguous()).T
 
         total = None if self.total is None else turn(self.total)
-        return InputStatistics(self.count, total=total, gram=both(self.gram), cross=both(self.cross))
+        return InputStatistics(
+            self.count,
+            total=total,
+            gram=both(self.gram),
+            cross=both(self.cross),
+            num_gram_rows=self.num_gram_rows,
+            is_assumed=self.is_assumed,
+        )
 
 
 _ROWS_PER_CHANNEL = 4  # that a sampled Gram matrix keeps at least
@@ -135,6 +151,7 @@ class Gatherer:
         self.needs = frozenset(needs)
         self.num_updates = num_updates
         self._stride = 0
+        self._num_gram_rows = 0
         self._parts: dict[str, Tensor] = {}
         self.count = 0
 
@@ -163,7 +180,9 @@ class Gatherer:
         if Need.MEAN in self.needs:
             self._add("total", rows.sum(0))
         if self.needs & {Need.GRAM, Need.SAMPLED_GRAM}:
-            add_gram(self._zeros("gram", rows), rows[:: self._chosen_stride(rows)])
+            chosen = rows[:: self._chosen_stride(rows)]
+            self._num_gram_rows += len(chosen)
+            add_gram(self._zeros("gram", rows), chosen)
         elif Need.MEAN_SQUARE in self.needs:
             self._add("squares", torch.einsum("ri,ri->i", rows, rows))
         if Need.CROSS in self.needs:
@@ -176,7 +195,7 @@ class Gatherer:
         gram = parts.get("gram")
         if gram is not None:
             parts["gram"] = (gram.triu() + gram.triu(1).T) * self._stride
-        return InputStatistics(self.count, **parts)
+        return InputStatistics(self.count, num_gram_rows=self._num_gram_rows, **parts)
 
     def _chosen_stride(self, rows: Tensor) -> int:
         """Every how many rows one is taken; chosen when the first come, so that it is the same in every run."""
