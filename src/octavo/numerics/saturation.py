@@ -5,8 +5,8 @@
 end; of a convolution that axis is kernel position by kernel position, the channels of each last. Checked against these
 kernels on an emulated processor (``tests/onnx/test_saturation.py``).
 
-Only pairs of weights that reach the end with the largest activations matter, a small share of all, so the loss is
-computed for these and nothing else.
+Only pairs of weights that reach the end with the largest activations that come matter, a small share of all, so the
+loss is computed for these and nothing else.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from torch import Tensor
 from octavo.numerics.windows import Geometry, windows
 
 _LOW, _HIGH = -(2**15), 2**15 - 1
-_TOP = 255  # the largest unsigned byte
 
 
 @torch.no_grad()
@@ -35,22 +34,23 @@ def lost(codes: Tensor, weight: Tensor) -> Tensor:
     >>> lost(torch.tensor([[255, 255, 1]]), torch.tensor([[127, 127, 127]]))
     tensor([[32003]], dtype=torch.int32)
     """
-    pairs_w, pairs_x = _paired(weight), _paired(codes)
-    found = torch.zeros(len(codes), len(weight), dtype=torch.int32, device=codes.device)
-    reach = _TOP * pairs_w.clamp(min=0).sum(-1), _TOP * pairs_w.clamp(max=0).sum(-1)
-    matters = (reach[0] > _HIGH) | (reach[1] < _LOW)  # (out_features, pairs)
-    largest = pairs_w.abs().amax() if pairs_w.numel() else 0
-    for pair in matters.any(0).nonzero().flatten().tolist():
-        columns = matters[:, pair].nonzero().flatten()
-        rows = (pairs_x[:, pair].sum(-1) * largest > _HIGH).nonzero().flatten()
-        total = pairs_x[rows, pair] @ pairs_w[columns, pair].T
-        found[rows.unsqueeze(1), columns] += total - total.clamp(_LOW, _HIGH)
-    return found
+    pairs_w, pairs_x = _paired(weight), _paired(codes).permute(1, 2, 0).contiguous()
+    found = torch.zeros(len(weight), len(codes), dtype=torch.int32, device=codes.device)
+    if not codes.numel():
+        return found.T
+    top = pairs_x.amax(-1)  # (pairs, 2): the largest activations that come
+    high, low = ((pairs_w.clamp(**end) * top).sum(-1) for end in ({"min": 0}, {"max": 0}))
+    matters = ((high > _HIGH) | (low < _LOW)).T  # (pairs, out_features)
+    for pair in matters.any(1).nonzero().flatten().tolist():
+        outputs = matters[pair].nonzero().flatten()
+        total = pairs_w[outputs, pair] @ pairs_x[pair]  # exact: below 2^24
+        found.index_add_(0, outputs, (total - total.clamp(_LOW, _HIGH)).int())
+    return found.T
 
 
 def _paired(matrix: Tensor) -> Tensor:
-    """``(rows, in_features)`` as ``(rows, pairs, 2)`` int32."""
-    return F.pad(matrix.int(), (0, matrix.shape[1] % 2)).view(len(matrix), -1, 2)
+    """``(rows, in_features)`` as ``(rows, pairs, 2)`` fp32."""
+    return F.pad(matrix.float(), (0, matrix.shape[1] % 2)).view(len(matrix), -1, 2)
 
 
 @torch.no_grad()
