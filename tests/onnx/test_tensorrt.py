@@ -79,3 +79,21 @@ def test_what_tensorrt_refuses_is_said(tmp_path: Path) -> None:
     out = pipeline.export(run, tmp_path / "onnx", layout="onnx", sample=x)
     built = build_engines(out / "model.onnx", {"input": (8, 128)})
     assert all("zero point" in engine.problem for engine in built.values())
+
+
+def test_any_sequence_builds_and_one_length_is_fused(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 256}
+    ids = torch.arange(32).view(2, 16)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    model = BertModel(BertConfig(vocab_size=100, **sizes), add_pooling_layer=False).eval()
+    run = pipeline.quantize(model, "fp8-attention", [batch], target="tensorrt")
+    out = pipeline.export(run, tmp_path / "onnx", layout="onnx", sample=batch, dtype=torch.float16)
+    shapes = dict.fromkeys(batch, (2, 32))  # with 16 there is nothing to fuse
+    for one_length in (True, False):
+        for engine in build_engines(out / "model.onnx", shapes, one_length=one_length).values():
+            assert engine.num_bytes
+            assert not engine.wide_weights
+            assert bool(engine.unfused_attention) != one_length

@@ -13,6 +13,8 @@ from octavo.onnx.engine import Engine, judge
 
 ARCHITECTURES = {"Ada (SM89)": "SM89", "Blackwell (SM120)": "SM120"}
 """The compute capabilities that engines are built for; FP4 needs the second."""
+Sizes = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
+"""Input -> its smallest and its largest shape."""
 _WITHOUT_FP4 = frozenset(("SM89",))
 
 
@@ -22,14 +24,20 @@ def is_installed() -> bool:
 
 
 def build_engines(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], architectures: Iterable[str] = ARCHITECTURES
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    architectures: Iterable[str] = ARCHITECTURES,
+    *,
+    one_length: bool = True,
 ) -> dict[str, Engine]:
     """Build an engine of the graph ``path`` for every one of ``architectures``.
 
     Args:
         path: An ``.onnx`` file.
-        shapes: Largest shape of every input; sizes that the graph leaves open go down to 1.
+        shapes: Largest shape of every input. A batch that the graph leaves open goes down to 1.
         architectures: Keys of ``ARCHITECTURES``.
+        one_length: Other sizes that the graph leaves open (a sequence) are those of ``shapes``, not 1 and more:
+            TensorRT for RTX 1.7 fuses attention in FP8 only then.
 
     Returns:
         Architecture -> its engine, or why there is none.
@@ -37,20 +45,22 @@ def build_engines(
     import tensorrt_rtx as trt
 
     graph = ir.load(path).graph
-    return {name: _engine(trt, path, graph, shapes, ARCHITECTURES[name]) for name in architectures}
+    smallest = {name: (1, *shape[1:]) if one_length else (1,) * len(shape) for name, shape in shapes.items()}
+    profile = {name: (smallest[name], shape) for name, shape in shapes.items()}
+    return {name: _engine(trt, path, graph, profile, ARCHITECTURES[name]) for name in architectures}
 
 
-def _engine(trt: Any, path: Path, graph: ir.Graph, shapes: Mapping[str, tuple[int, ...]], capability: str) -> Engine:
+def _engine(trt: Any, path: Path, graph: ir.Graph, sizes: Sizes, capability: str) -> Engine:
     if capability in _WITHOUT_FP4 and any(v.dtype is ir.DataType.FLOAT4E2M1 for v in graph.initializers.values()):
         return Engine(needs="FP4 needs Blackwell")
     messages: list[str] = []
-    size = _build(trt, path, shapes, capability, messages)
+    size = _build(trt, path, sizes, capability, messages)
     if not size:
         return Engine(problem=(messages or ["no engine, and no message"])[-1].splitlines()[0])
     return judge(graph, size, messages)
 
 
-def _build(trt: Any, path: Path, shapes: Mapping[str, tuple[int, ...]], capability: str, messages: list[str]) -> int:
+def _build(trt: Any, path: Path, sizes: Sizes, capability: str, messages: list[str]) -> int:
     """Bytes of an engine; 0 without one, and ``messages`` then ends with why."""
     errors: list[str] = []
 
@@ -72,17 +82,18 @@ def _build(trt: Any, path: Path, shapes: Mapping[str, tuple[int, ...]], capabili
     config.num_compute_capabilities = 1
     config.set_compute_capability(trt.ComputeCapability.__members__[capability], 0)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    config.add_optimization_profile(_profile(builder, network, shapes))
+    config.add_optimization_profile(_profile(builder, network, sizes))
     engine = builder.build_serialized_network(network, config)
     messages += errors if engine is None else []
     return 0 if engine is None else int(engine.nbytes)
 
 
-def _profile(builder: Any, network: Any, shapes: Mapping[str, tuple[int, ...]]) -> Any:
-    """Sizes that the graph leaves open, from 1 to those of ``shapes``, which are the likeliest, too."""
+def _profile(builder: Any, network: Any, sizes: Sizes) -> Any:
+    """Sizes that the graph leaves open; the largest are the likeliest, too."""
     profile = builder.create_optimization_profile()
     for tensor in (network.get_input(index) for index in range(network.num_inputs)):
-        largest = shapes[tensor.name]
-        smallest = tuple(1 if open_size < 0 else size for open_size, size in zip(tensor.shape, largest, strict=True))
-        profile.set_shape(tensor.name, smallest, largest, largest)
+        smallest, largest = sizes[tensor.name]
+        sizes_there = zip(tensor.shape, smallest, largest, strict=True)
+        lowest = tuple(low if is_open < 0 else high for is_open, low, high in sizes_there)
+        profile.set_shape(tensor.name, lowest, largest, largest)
     return profile
