@@ -150,3 +150,16 @@ def test_a_residual_sum_stays_in_float_where_a_rule_or_a_source_does() -> None:
     for leave in ("sum", "stem"):
         plan = resolve(load_recipe("int8").leave(leave), _residual(), "onnxruntime-cpu")
         assert not plan.decision("sum").scheme
+
+
+def test_norms_that_a_runtime_would_compute_in_float_are_said() -> None:
+    conv = SiteFacts("conv", "conv", "Conv2d", SITE.slots, weight_shape=(8, 256), parameters={"conv.weight": 2048})
+    for type_name, target, is_said in (
+        ("BatchNorm2d", "onnxruntime-cpu", True),
+        ("BatchNorm2d", "", False),
+        ("BatchNormalization", "onnxruntime-cpu", False),  # of a graph, where it did not follow a convolution
+        ("LayerNorm", "onnxruntime-cpu", False),
+    ):
+        norm = SiteFacts("norm", "norm", type_name, (Slot.INPUT,), parameters={"norm.weight": 8})
+        plan = resolve(load_recipe("int8"), ModelFacts("m", "M", (conv, norm), 2056, 8224, True), target)
+        assert any("'norm'" in warning and "in float" in warning for warning in plan.warnings) == is_said

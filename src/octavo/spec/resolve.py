@@ -52,7 +52,13 @@ def resolve(recipe: Recipe, facts: ModelFacts, target: str = "") -> Plan:
     decisions = with_sums([for_target(_decide(site, rules), runtime) for site in facts.sites], runtime)
     decisions = with_branches(with_doubled_scales(decisions, recipe.steps), recipe.steps)
     _refuse_misfits(decisions)
-    warnings = (*_warnings(rules, facts), *_unreached(decisions), *_costs(decisions), *_saturating(decisions, runtime))
+    warnings = (
+        *_warnings(rules, facts),
+        *_unreached(decisions),
+        *_costs(decisions),
+        *_saturating(decisions, runtime),
+        *_norms_between(decisions, runtime),
+    )
     experts = recipe.calibration.experts if facts.experts else None
     plan = Plan(facts, recipe.name, decisions, target, warnings, experts)
     plan = replace(plan, warnings=(*warnings, *_fused(plan)))
@@ -323,6 +329,20 @@ def _saturating(decisions: Sequence[Decision], target: Target) -> list[str]:
         f"{len(names)} layers (such as {names[0]!r}) multiply 8-bit weights by 8-bit inputs, whose sums saturate on "
         "x86 processors without VNNI; the simulation knows it. Ways out: --target onnxruntime-cpu (7-bit weights), or "
         "onnxruntime's session option session.x64quantprecision, which is slower"
+    ]
+
+
+def _norms_between(decisions: Sequence[Decision], target: Target) -> list[str]:
+    """Norms of a torch model that a runtime computes in float between convolutions that it computes in integers."""
+    in_integers = any(d.site.operation == "conv" and Slot.OUTPUT in d.scheme for d in decisions)
+    kinds = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm")
+    norms = [d.site.name for d in decisions if d.site.type_name in kinds]
+    if not target.quantizes_conv_outputs or not in_integers or not norms:
+        return []
+    return [
+        f"{len(norms)} norms (such as {norms[0]!r}) stay between convolutions and what follows, and {target.name} "
+        "computes them in float: write the unquantized model with torch.onnx.export and quantize that graph, where "
+        "norms are folded into convolutions, and residual sums quantized"
     ]
 
 
