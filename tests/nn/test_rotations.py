@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import octavo
+from algorithms.outliers import plant
 from octavo.errors import UserError
 from octavo.nn.norms import norm_kind
 from octavo.nn.rotations import HEADS, RESIDUAL, Stream, block_size, find_streams, tied_readers, turn
@@ -204,6 +205,23 @@ def test_ties_and_weights_come_back(tmp_path) -> None:
     octavo.strip(model)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert torch.equal(output(model), before)
+
+
+def test_outliers_that_norms_make_are_gone(tmp_path) -> None:
+    """Their scales move into weights that were small there, and nothing is left of either."""
+    reference = build("Llama", "ForCausalLM", **GROUPED, tie_word_embeddings=False)
+    planted = copy.deepcopy(reference)
+    for layer in planted.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        plant([(layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj))])
+        plant([(layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj))])
+    wanted = output(reference)
+    errors = {}
+    for where in (("online",), ("residual", "heads", "online")):
+        model = copy.deepcopy(planted)
+        octavo.quantize(model, octavo.load_recipe("mxfp4").with_steps(make_step("rotate", {"where": where})), BATCHES)
+        errors[where] = float((output(model) - wanted).square().mean())
+    assert errors["residual", "heads", "online"] < 0.3 * errors["online",]
 
 
 def test_one_step_rotates_the_whole_model() -> None:

@@ -337,8 +337,11 @@ class Rotations:
         self._streams = streams
         self._chosen = [stream for stream in streams.found if stream.kind in kinds and not stream.reason]
         notes = [note for kind in sorted(kinds) for note in _notes(kind, streams.of(kind))]
-        ties = ties_of(self.model)
-        notes += [f"rotate: '{name}' becomes a parameter of its own, apart from '{ties[name]}'" for name in ties]
+        ties, own = ties_of(self.model), dict(self.model.named_parameters())
+        notes += [
+            f"rotate: '{name}' becomes a parameter of its own, apart from '{owner}': {own[name].nbytes:,} bytes more"
+            for name, owner in ties.items()
+        ]
         if not may_untie:
             tie_again(self.model)
         return RotationFacts(tuple(notes), tuple(ties))
