@@ -7,6 +7,7 @@ import torch
 
 import octavo
 from octavo.spec.coverage import State
+from octavo.spec.steps import make_step
 from zoo.battery import COARSE, anatomy, bits, excused, inert, outputs, same_bits
 from zoo.table import ZOO, made
 
@@ -23,6 +24,21 @@ every_model = pytest.mark.parametrize("name", list(map(_case, ZOO)))
 
 def test_there_are_as_many_architectures_as_promised() -> None:
     assert len(ZOO) >= 45
+
+
+@every_model
+def test_rotations_in_weights_keep_what_a_model_computes(name: str) -> None:
+    model, batch = made(name)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # scales of norms that are all 1 would prove nothing
+                parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * 0.2)
+    before, rotate = outputs(model, batch), make_step("rotate", {"where": ["residual", "heads"], "block": "whole"})
+    run = octavo.quantize(model, octavo.load_recipe("int8-weight-only").with_steps(rotate), [batch])
+    with run.door.disabled(lambda quantizer: True):
+        assert (outputs(model, batch) - before).norm() < 1e-4 * before.norm()
+    assert sum(warning.startswith("rotate: ") for warning in run.plan.warnings) >= 2
 
 
 @every_model

@@ -176,7 +176,7 @@ class TorchBlock:
 
     def is_turned(self, layer: str) -> bool:
         """See ``Block.is_turned``."""
-        return self._layers[layer].quantizer.key in self._turned
+        return self._layers[site_of(layer)].quantizer.key in self._turned
 
     def groups(self) -> Sequence[InputGroup]:
         """See ``Block.groups``."""

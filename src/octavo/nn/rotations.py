@@ -124,7 +124,7 @@ def _stream(model: nn.Module, seen: SpaceTrace, spaces: list[Space]) -> Stream |
     """The stream that these spaces are; ``None`` for what is neither a residual stream nor values of attention."""
     paths = {path for space in spaces for path in space.norms_out}
     norms = {path: (kind, made.root) for path, (kind, _, made) in seen.norms.items() if path in paths}
-    if any(space.is_sum for space in spaces):
+    if any(space.is_sum and (space.norms_in or not norms) for space in spaces):
         kind = RESIDUAL
     elif any(space.is_mixed for space in spaces) and not norms:
         kind = HEADS

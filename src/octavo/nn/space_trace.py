@@ -420,6 +420,15 @@ class _SpaceMode(TorchDispatchMode):
         sizes = (1,) * (out.ndim - len(tags)) + tuple(args[0].shape)
         self._note(out, [t if size == now else None for t, size, now in zip(padded, sizes, out.shape, strict=True)])
 
+    def repeat(self, args: Any, kwargs: Any, out: Tensor) -> None:
+        """Copies behind each other."""
+        tags, times = self.tags(args[0]), list(args[1])
+        tags = [*([None] * (out.ndim - len(tags))), *tags]
+        for tag, count in zip(tags, times, strict=True):
+            if count != 1:
+                self._nail(tag, f"it is laid out anew{self._here()}")
+        self._note(out, [tag if count == 1 else None for tag, count in zip(tags, times, strict=True)])
+
     def unsqueeze(self, args: Any, kwargs: Any, out: Tensor) -> None:
         """An axis of one more."""
         tags = self.tags(args[0])
@@ -596,6 +605,7 @@ _RULES: dict[str, Callable[..., None]] = {
         ("permute", _M.permute),
         ("transpose t", _M.transpose),
         ("expand", _M.expand),
+        ("repeat", _M.repeat),
         ("unsqueeze", _M.unsqueeze),
         ("squeeze", _M.squeeze),
         ("select", _M.select),
