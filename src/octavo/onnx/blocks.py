@@ -471,9 +471,9 @@ class GraphBlock:
 
     def settle(self) -> Mapping[str, str]:
         """See ``Block.settle``."""
-        if self._has_folded:
+        if self._has_folded and (observed := self._observed()):
             self.calibration.forget(self._sites)
-            session = _Session(self.calibration.model, self.piece, self._observed())
+            session = _Session(self.calibration.model, self.piece, observed)
             for index in self.inputs():
                 self._look(session.run(self.walk.get(self.walk.live[index])))
         return self.calibration.settle(self._sites)
