@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import octavo
+from octavo.calibrate import checkpoint
 from octavo.calibrate.checkpoint import opened
 from octavo.errors import UserError
 from octavo.nn.blocks import TorchBlock
@@ -119,6 +120,19 @@ def test_a_damaged_file_is_done_again(tmp_path: Path, caplog: pytest.LogCaptureF
     caplog.set_level(logging.WARNING)
     assert files_of(quantized("llama", recipe, tmp_path / "kept"), tmp_path / "again") == whole
     assert f"cannot read {block}" in caplog.text
+
+
+def test_a_full_disk_does_not_end_the_walk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    recipe = RECIPES["awq, gptq"]
+    whole = files_of(quantized("llama", recipe), tmp_path / "whole")
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    assert files_of(quantized("llama", recipe, tmp_path / "kept"), tmp_path / "run") == whole
+    assert caplog.text.count("No space left on device") == 1
 
 
 def test_it_touches_nothing_of_others(tmp_path: Path) -> None:

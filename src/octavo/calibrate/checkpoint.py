@@ -41,6 +41,7 @@ class Checkpoint:
     def __init__(self, directory: Path, fingerprint: Mapping[str, str]) -> None:
         self.directory = directory
         self.num_kept = 0
+        self._gave_up = False
         self._goes_on = self._is_ours(fingerprint)
         if not self._goes_on:
             for path in directory.glob("block-*.safetensors"):
@@ -86,10 +87,21 @@ class Checkpoint:
         return state
 
     def keep(self, number: int, name: str, state: BlockState) -> None:
-        """Put a finished block there."""
+        """Put a finished block there. A full disk ends that with a warning, and not the walk."""
+        if self._gave_up:
+            return
         tensors = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in state.tensors.items()}
         metadata = {"facts": json.dumps({"name": name, "state": dict(state.facts)})}
-        self._write(self._path(number).name, lambda path: save_file(tensors, path, metadata))
+        try:
+            self._write(self._path(number).name, lambda path: save_file(tensors, path, metadata))
+        except (OSError, SafetensorError) as error:
+            self._gave_up = True
+            logger.warning(
+                "cannot keep finished blocks in %s any more (%s): a crash would cost what comes from here on",
+                self.directory,
+                error,
+            )
+            return
         self.num_kept = number + 1
 
     def _path(self, number: int) -> Path:
@@ -102,8 +114,6 @@ class Checkpoint:
             with fresh.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(fresh, self.directory / name)
-        except OSError as error:
-            raise UserError(f"cannot keep finished blocks in {self.directory}: {error.strerror}") from error
         finally:
             fresh.unlink(missing_ok=True)
 
@@ -138,7 +148,10 @@ def opened(directory: Path, fingerprint: Mapping[str, str]) -> Iterator[Checkpoi
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another process works on the blocks in {directory}: wait for it, or end it") from None
-        found = Checkpoint(directory, fingerprint)
+        try:
+            found = Checkpoint(directory, fingerprint)
+        except OSError as error:
+            raise UserError(f"cannot keep finished blocks in {directory}: {error.strerror}") from error
         try:
             yield found
         except BaseException:
