@@ -174,14 +174,14 @@ def quantize(
                 check_coverage(the_plan, require_coverage)
             _refuse_early(the_plan, batches, layouts, tasks, loaded)
             _refuse_steps(the_plan, the_recipe, batches, layouts)
+            keeping = None
+            if checkpoint is not None and the_recipe.steps:
+                check_checkpoint(Path(checkpoint))
+                keeping = Keeping(Path(checkpoint), _fingerprint(loaded, the_plan, the_recipe, batches, layouts))
         if keep_original and the_recipe.steps:
             cost = f"keep_original keeps a copy of the original tensors in memory: {kept_bytes(loaded.model):,} bytes"
             the_plan = dataclasses.replace(the_plan, warnings=(*the_plan.warnings, cost))
     on_plan(the_plan)
-    keeping = None
-    if checkpoint is not None and the_recipe.steps:
-        check_checkpoint(Path(checkpoint))
-        keeping = Keeping(Path(checkpoint), _fingerprint(loaded, the_plan, the_recipe, batches, layouts))
     with clock.phase("evaluate"):
         references = {task.name: task.outputs(loaded) for task in tasks}
         before = _measure(loaded, tasks, references, track, "unquantized") if baseline is None else baseline

@@ -63,6 +63,9 @@ RECIPES = {
     "awq, gptq": recipe_of("int4-channel", "awq", "gptq"),
     "rotate, svdquant, gptq": recipe_of("nvfp4", "rotate", "svdquant", "gptq", inputs="nvfp4"),
     "gptaq": recipe_of("int4-channel").with_steps(make_step("gptq", {"asymmetric": True})),
+    "residual, gptq": recipe_of("int4-channel").with_steps(
+        make_step("rotate", {"where": ["residual", "heads"]}), make_step("gptq")
+    ),
     "learned_rounding": recipe_of("int4-channel", "learned_rounding"),
     "nf4": load_recipe("nf4-double-quant").with_steps(make_step("smoothquant")),
     "bias_correction": recipe_of("int4-channel").with_steps(make_step("bias_correction", {"add": True})),
@@ -95,6 +98,7 @@ def test_it_ends_with_the_same_bytes(
     assert again.record.warnings == whole.record.warnings
     assert files_of(again, tmp_path / "again") == files_of(whole, tmp_path / "whole")
     assert not (tmp_path / "kept").exists(), "removed when the run is written"
+    assert again.record.bytes_after == again.plan.bytes_after
 
 
 def test_what_is_of_something_else_is_not_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
