@@ -34,7 +34,7 @@ def open_session(graph: Path | bytes) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what goes wrong is raised, and need not be printed as well
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     # Threads of one session that wait for work take the processor from another's, and from torch.
     options.add_session_config_entry("session.force_spinning_stop", "1")
