@@ -15,7 +15,8 @@ import octavo
 from algorithms.outliers import plant
 from octavo.errors import UserError
 from octavo.nn.norms import norm_kind
-from octavo.nn.rotations import HEADS, RESIDUAL, Stream, block_size, find_streams, tied_readers, turn
+from octavo.nn.rotations import block_size, turn
+from octavo.nn.streams import HEADS, RESIDUAL, Stream, find_streams, tied_readers
 from octavo.nn.ties import untie
 from octavo.numerics.hadamard import Turn
 from octavo.spec.steps import fused_rotation, make_step
