@@ -216,6 +216,20 @@ def check_softmax(write: Write, target: str) -> None:
     assert softmax == np.float32(1 / 448)
 
 
+def check_scaled_queries(write: Write, target: str) -> None:
+    path = write("tokens", "fp8-attention", target)
+    (softmax,) = nodes_of(path, "Softmax")
+    product = softmax.inputs[0].producer()  # type: ignore[union-attr]
+    assert product is not None
+    assert product.op_type == "MatMul"
+    back = product.inputs[0].producer()  # type: ignore[union-attr]
+    assert back is not None
+    assert back.op_type == "DequantizeLinear"
+    source = back.inputs[0].producer().inputs[0].producer()  # type: ignore[union-attr]
+    assert source is not None
+    assert source.op_type == "Mul"
+
+
 def check_granularity(write: Write, target: str) -> None:
     for recipe in ("int8", "fp8"):
         assert all(scale.ndim == 0 for _, scale, _ in activations(write("tokens", recipe, target)))
@@ -260,6 +274,7 @@ CHECKS: dict[str, Callable[[Write, str], None]] = {
     "activations and weights INT8 and symmetric": check_symmetric,
     "what skips a convolution": check_skip,
     "attention in FP8": check_softmax,
+    "queries are scaled": check_scaled_queries,
     "symmetric only": check_symmetric,
     "activations per tensor": check_granularity,
     "no Q/DQ on outputs": check_no_outputs,
