@@ -10,12 +10,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from octavo import pipeline
+from octavo.errors import UserError
 from octavo.onnx.tensorrt import ARCHITECTURES, build_engines, is_installed
+from octavo.spec.recipe import presets
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not is_installed(), reason="needs the extra 'tensorrt'")]
 
 
-FP4 = ("nvfp4-weight-only", "mxfp4-weight-only")
+COMPUTED_IN_FLOAT = ("fp8-dynamic", "w4a8-nvfp4")
 
 
 def layers() -> nn.Module:
@@ -35,23 +37,24 @@ class Attention(nn.Module):
         return attended
 
 
-@pytest.mark.parametrize(
-    ("recipe", "dtype"),
-    [("int8", None)] + [(recipe, torch.float16) for recipe in ("int8", "fp8", "int8-weight-only", "int4-group", *FP4)],
-)
-def test_files_for_tensorrt_become_engines(tmp_path: Path, recipe: str, dtype: torch.dtype | None) -> None:
+@pytest.mark.parametrize("recipe", [recipe.name for recipe in presets() if not recipe.steps])
+def test_every_preset_is_refused_before_calibration_or_becomes_an_engine(tmp_path: Path, recipe: str) -> None:
     x = torch.randn(8, 128)
+    try:
+        pipeline.plan(layers(), recipe, sample=x, target="tensorrt", layouts=["onnx"])
+    except UserError:
+        return
     run = pipeline.quantize(layers(), recipe, [x], target="tensorrt")
-    out = pipeline.export(run, tmp_path / "onnx", layout="onnx", sample=x, dtype=dtype)
+    out = pipeline.export(run, tmp_path / "onnx", layout="onnx", sample=x, dtype=torch.float16)
     (graph,) = pipeline.verify(out, run, [x]).to_json_object()["graphs"]
     assert graph["agrees"], graph
     assert set(graph["engines"]) == set(ARCHITECTURES)
     for name, engine in graph["engines"].items():
-        needs_more = recipe in FP4 and "Ada" in name
+        needs_more = "fp4" in recipe and "Ada" in name
         assert bool(engine["needs"]) == needs_more
         assert bool(engine["num_bytes"]) != needs_more
         assert not engine["wide_weights"]
-        assert not engine["float_products"]
+        assert bool(engine["float_products"]) == (recipe in COMPUTED_IN_FLOAT and not needs_more)
 
 
 def test_attention_is_fused_in_fp8(tmp_path: Path) -> None:

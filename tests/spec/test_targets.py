@@ -65,6 +65,7 @@ def test_what_a_target_cannot_run_is_refused() -> None:
     ("recipe", "said"),
     [
         ("w4a8", "multiplies integers with integers"),
+        ("w4a8-mxfp4", "small floats without E8M0 scales"),
         ("int4-group-asymmetric", "no weights with zero points .fc is int4"),
     ],
 )

@@ -69,11 +69,11 @@ class EngineLayer:
 
     @property
     def multiplies_in_low_precision(self) -> bool:
-        """Whether all that it reads has 8 bits or fewer, a mask and scales of one value aside."""
-        read = [t for t in (*self.inputs, *self.constants) if t.dtype != "Bool" and t.shape not in ((), (1,))]
+        """Whether its operands have 8 bits or fewer; masks and scales (one value, or one for each output) have more."""
         if self.is_attention:
             return any(tensor.is_low for tensor in self.inputs)
-        return bool(self.inputs) and all(tensor.is_low for tensor in read)
+        matrices = [tensor for tensor in self.constants if sum(size > 1 for size in tensor.shape) > 1]
+        return bool(self.inputs) and all(tensor.is_low for tensor in (*self.inputs, *matrices))
 
 
 @dataclass(frozen=True, slots=True)

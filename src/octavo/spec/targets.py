@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from octavo.errors import UserError
-from octavo.spec.element import E4M3, INT7, INT8, IntFormat
+from octavo.spec.element import E4M3, E8M0, INT7, INT8, IntFormat
 from octavo.spec.facts import SiteFacts, Slot
 from octavo.spec.plan import ObserverSpec, QuantizerSpec
 from octavo.spec.tensor_format import PerChannel, PerTensor, TensorFormat, scaled
@@ -183,11 +183,14 @@ class Target:
         weight, given = scheme.get(Slot.WEIGHT), scheme.get(Slot.INPUT)
         if not self.one_kind or weight is None or given is None:
             return ""
-        if isinstance(weight.format.element, IntFormat) == isinstance(given.format.element, IntFormat):
+        are_alike = isinstance(weight.format.element, IntFormat) == isinstance(given.format.element, IntFormat)
+        has_powers = weight.format.scale is not None and weight.format.scale.element == E8M0
+        if are_alike and not has_powers:
             return ""
         return (
-            f"{self.name} multiplies integers with integers and small floats with small floats; {site.name} has "
-            f"weights in {weight.format} and inputs in {given.format}: choose int8 or fp8 for both, or weights only"
+            f"{self.name} multiplies integers with integers, and small floats without E8M0 scales with such; "
+            f"{site.name} has weights in {weight.format} and inputs in {given.format}: "
+            "choose int8 or fp8 for both, or quantize weights only"
         )
 
 
