@@ -1,7 +1,7 @@
 """AutoRound on CPU: learned rounding, all in fp32. See ``cell.py``.
 
-Its default of 200 iterations takes far more than ten minutes for each draw on two cores; here it has 50. A batch is one
-text, and gradients are gathered over eight: texts of a sentence encoder differ in length.
+It has 50 iterations here, not its default of 200, which took more than ten minutes for each draw on a busy machine; the
+table says so. A batch is one text, and gradients are gathered over eight: texts of a sentence encoder differ in length.
 """
 
 from __future__ import annotations
