@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -91,15 +92,17 @@ def embeddings(session: Any, data: Any) -> np.ndarray:
     return np.concatenate(rows)
 
 
-def open_session(file: Path) -> Any:
-    """A session on the CPU with as many threads as torch has."""
+def open_session(file: Path, disabled: Sequence[str] = ()) -> Any:
+    """A session on the CPU with as many threads as torch has, without some of onnxruntime's optimizers."""
     import onnxruntime
     import torch
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
-    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(
+        str(file), options, providers=["CPUExecutionProvider"], disabled_optimizers=list(disabled)
+    )
 
 
 def cosine(found: np.ndarray, reference: np.ndarray) -> float:
@@ -108,10 +111,10 @@ def cosine(found: np.ndarray, reference: np.ndarray) -> float:
     return float(((found * reference).sum(1) / norms).mean())
 
 
-def judge(results: list[dict[str, Any]], place: Path, rounds: int) -> None:
+def judge(results: list[dict[str, Any]], place: Path, rounds: int, disabled: Sequence[str] = ()) -> None:
     """Accuracy and speed of every file, beside the unquantized graph."""
     judges = np.load(place / "judges.npz")
-    sessions = {row["tool"]: open_session(place / row["file"]) for row in results if "file" in row}
+    sessions = {row["tool"]: open_session(place / row["file"], disabled) for row in results if "file" in row}
     reference = embeddings(sessions["fp32"], judges)
     for row in results:
         if row["tool"] in sessions:
@@ -135,6 +138,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--format", choices=list(TOOLS), default="int8")
     parser.add_argument("--tools", nargs="*", help="some of them, or octavo with any recipe: 'octavo int4-group32'")
+    parser.add_argument("--disable", nargs="*", default=[], help="optimizers of onnxruntime: SkipLayerNormFusion")
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
     check_sums()
@@ -147,7 +151,7 @@ def main() -> None:
             results.append(quantize_by_peer(method, place, asked.peer_python))
         for row in results:
             row["megabytes"] = (place / row["file"]).stat().st_size / 1e6 if "file" in row else None
-        judge(results, place, asked.rounds)
+        judge(results, place, asked.rounds, asked.disable)
     machine = describe_machine() | {"onnxruntime": version("onnxruntime")}
     if asked.json:
         print(json.dumps({"machine": machine, "results": results}, indent=1))
