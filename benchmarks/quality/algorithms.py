@@ -227,9 +227,10 @@ def _why(failure: str) -> str:
         "cuda": "needs CUDA",
         "accelerator": "needs CUDA",
         "mslk": "needs CUDA (mslk)",
-        "mat_a": "no product on CPU",
+        "scaling configuration": "no product on CPU",
     }
-    return next((said for part, said in known.items() if part in failure.lower()), failure[:60])
+    line = failure.splitlines()[0].replace("|", "/")[:60]
+    return next((said for part, said in known.items() if part in failure.lower()), line)
 
 
 def _series(cells: Sequence[Any], metric: str) -> Series:
