@@ -17,6 +17,7 @@ from octavo.errors import UserError
 from octavo.numerics.statistics import Need
 from octavo.numerics.store import Store
 from octavo.onnx.blocks import GraphBlock
+from octavo.pipeline.runs import door_on_sample
 from octavo.sources import LoadedModel, open_model
 from octavo.spec.facts import Slot
 from octavo.spec.recipe import read_recipe
@@ -100,7 +101,7 @@ def test_what_steps_wrote_is_in_the_run_and_in_the_file(tmp_path: Path) -> None:
 
 def test_statistics_are_those_of_what_the_layers_read(tmp_path: Path) -> None:
     loaded = open_model(graph(tmp_path / "g.onnx"))
-    door = pipeline._door(loaded, {"x": X})
+    door = door_on_sample(loaded, {"x": X})
     plan = resolve(read_recipe("extends: int8", "r.yaml"), door.facts(), "")
     door.prepare(plan)
     read: dict[str, Tensor] = {}
