@@ -20,7 +20,7 @@ from octavo.sources import open_model
 from octavo.spec.targets import TARGETS
 from onnx import NodeProto, TensorProto, helper
 
-SHAPES = {"net": (4, 8, 8), "tokens": (6, 128)}
+SHAPES = {"net": (4, 8, 8), "tokens": (6, 128), "stream": (6, 128)}
 
 
 def constant(name: str, *shape: int) -> TensorProto:
@@ -70,6 +70,22 @@ def tokens() -> tuple[list[NodeProto], list[TensorProto]]:
     return nodes, [*weights, helper.make_tensor("scale", TensorProto.FLOAT, (), [0.001])]
 
 
+def stream() -> tuple[list[NodeProto], list[TensorProto]]:
+    """A residual stream whose sum a norm reads, and what follows."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "up.weight"], ["a"], name="/up/MatMul"),
+        helper.make_node("Add", ["a", "x"], ["b"], name="/Add"),
+        helper.make_node(
+            "LayerNormalization", ["b", "norm.weight", "norm.bias"], ["c"], name="/norm/LayerNormalization"
+        ),
+        helper.make_node("MatMul", ["c", "down.weight"], ["y"], name="/down/MatMul"),
+    ]
+    return nodes, [
+        *(constant(f"{name}.weight", 128, 128) for name in ("up", "down")),
+        *(constant(f"norm.{name}", 128) for name in ("weight", "bias")),
+    ]
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str, str], Path]:
     """The file of a graph, a recipe and a target."""
@@ -77,7 +93,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str, str
     @cache
     def write(graph: str, recipe: str, target: str) -> Path:
         place = tmp_path_factory.mktemp("placement")
-        nodes, weights = {"net": net, "tokens": tokens}[graph]()
+        nodes, weights = {"net": net, "tokens": tokens, "stream": stream}[graph]()
         ends = [
             helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", *SHAPES[graph]]),
             helper.make_tensor_value_info("y", TensorProto.FLOAT, None),
@@ -185,6 +201,13 @@ def check_sums(write: Write, target: str) -> None:
     assert "Add" not in kernels
 
 
+def check_sums_before_norms(write: Write, target: str) -> None:
+    kernels = fusion_of(write("stream", "int8", target)).kernels
+    assert (kernels["Sum"], kernels["LayerNormalization"], kernels.get("SkipLayerNormalization", 0)) == (1, 1, 0)
+    plain = fusion_of(write("stream", "int8", "onnxruntime-cuda")).kernels  # on a CPU, to see that the rule does it
+    assert plain["SkipLayerNormalization"] == 1
+
+
 def check_biases(write: Write, target: str) -> None:
     path = write("net", "int8", target)
     for node in [*nodes_of(path, "Conv"), *nodes_of(path, "Gemm")]:
@@ -270,6 +293,7 @@ CHECKS: dict[str, Callable[[Write, str], None]] = {
     "dynamic activations": check_dynamic,
     "outputs of convolutions": check_conv_outputs,
     "sums of what quantized convolutions give": check_sums,
+    "residual sums in front of norms": check_sums_before_norms,
     "biases of Gemm and Conv": check_biases,
     "activations and weights INT8 and symmetric": check_symmetric,
     "what skips a convolution": check_skip,

@@ -19,6 +19,7 @@ from octavo.onnx.from_torch import graph_of
 from octavo.onnx.layout import MANIFEST
 from octavo.onnx.lower import Style, lower
 from octavo.onnx.narrow import narrow
+from octavo.onnx.norms import keep_sums_apart
 from octavo.onnx.queries import scale_queries
 from octavo.onnx.stages import can_cache, stages
 from octavo.sources import LoadedModel
@@ -67,6 +68,8 @@ def write_graphs(
         if target.scales_queries:
             scale_queries(model.graph)
         lower(model, style, opset=opset, stored=stored)
+        if target.sums_apart:
+            keep_sums_apart(model.graph)
         model.producer_name, model.producer_version = "octavo", VERSION
         model.metadata_props[TARGET] = plan.target
         written.append(f"{name}.onnx")

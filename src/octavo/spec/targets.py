@@ -70,6 +70,7 @@ class Target:
         symmetric_weights: Integer weights cannot have zero points.
         one_kind: A product takes integers with integers and small floats with small floats.
         plain_block_scales: Scales that are powers of two are stored as numbers of the float type.
+        sums_apart: Residual sums in front of norms are written so that the two are not fused.
         rules: Why.
     """
 
@@ -89,6 +90,7 @@ class Target:
     symmetric_weights: bool = False
     one_kind: bool = False
     plain_block_scales: bool = False
+    sums_apart: bool = False
     rules: tuple[PlacementRule, ...] = field(default=())
 
     def format(self, slot: Slot, fmt: TensorFormat, *, is_dynamic: bool, meets_integers: bool) -> TensorFormat:
@@ -214,6 +216,10 @@ _SUMS = PlacementRule(
     "sums of what quantized convolutions give: both sides and the output, which makes QLinearAdd",
     "https://github.com/microsoft/onnxruntime/tree/main/onnxruntime/core/optimizer/qdq_transformer/selectors_actions",
 )
+_NORMS = PlacementRule(
+    "residual sums in front of norms as Sum: fused into SkipLayerNormalization they take longer on a CPU",
+    "https://github.com/microsoft/onnxruntime/blob/main/onnxruntime/core/optimizer/skip_layer_norm_fusion.cc",
+)
 _BIAS = PlacementRule("biases of Gemm and Conv in INT32 at the scale of the product, zero point 0", _ORT_QUANTIZATION)
 
 TARGETS: dict[str, Target] = {
@@ -229,7 +235,8 @@ TARGETS: dict[str, Target] = {
             quantizes_conv_outputs=True,
             integer_biases=True,
             sums=Sums.ALL,
-            rules=(_U8S8, _SATURATION, _DYNAMIC, _CONV, _SUMS, _BIAS),
+            sums_apart=True,
+            rules=(_U8S8, _SATURATION, _DYNAMIC, _CONV, _SUMS, _NORMS, _BIAS),
         ),
         Target(
             "onnxruntime-cpu-vnni",
@@ -240,7 +247,8 @@ TARGETS: dict[str, Target] = {
             quantizes_conv_outputs=True,
             integer_biases=True,
             sums=Sums.ALL,
-            rules=(_U8S8, _DYNAMIC, _CONV, _SUMS, _BIAS),
+            sums_apart=True,
+            rules=(_U8S8, _DYNAMIC, _CONV, _SUMS, _NORMS, _BIAS),
         ),
         Target(
             "onnxruntime-cpu-avx2",
@@ -251,8 +259,9 @@ TARGETS: dict[str, Target] = {
             quantizes_conv_outputs=True,
             integer_biases=True,
             sums=Sums.ALL,
+            sums_apart=True,
             saturates=True,
-            rules=(_U8S8, _SATURATES, _DYNAMIC, _CONV, _SUMS, _BIAS),
+            rules=(_U8S8, _SATURATES, _DYNAMIC, _CONV, _SUMS, _NORMS, _BIAS),
         ),
         Target(
             "onnxruntime-cuda",
