@@ -1,7 +1,7 @@
 """AutoRound on CPU: learned rounding, all in fp32. See ``cell.py``.
 
-It has 50 iterations here, not its default of 200, which took more than ten minutes for each draw on a busy machine; the
-table says so. A batch is one text, and gradients are gathered over eight: texts of a sentence encoder differ in length.
+It has its default of 200 iterations. A batch is one text, and gradients are gathered over eight: texts of a sentence
+encoder differ in length.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.peers.cell import Draw, Method, main
 from torch import nn
 
-ITERATIONS = 50
+ITERATIONS = 200
 _STATIC = {"act_bits": 8, "act_group_size": 0, "act_dynamic": False, "act_sym": True}
 
 

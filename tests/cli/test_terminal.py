@@ -110,7 +110,15 @@ def test_an_interrupted_process_ends_with_130(bench: Path) -> None:
         "import sys, time\ndef build():\n    print('ready', file=sys.stderr, flush=True)\n    time.sleep(60)\n"
     )
     words = [sys.executable, "-m", "octavo.cli.main", "plan", "slow_tower:build", "--recipe", "fp8"]
-    started = subprocess.Popen(words, cwd=bench, stderr=subprocess.PIPE, text=True)
+    started = subprocess.Popen(
+        words,
+        cwd=bench,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        ),  # a job in the background ignores it
+    )
     assert started.stderr is not None
     assert started.stderr.readline() == "ready\n"
     time.sleep(0.2)
