@@ -126,6 +126,30 @@ def test_statistics_are_those_of_what_the_layers_read(tmp_path: Path) -> None:
     assert all(Slot.INPUT in layer.activations for layer in door.snapshot().layers())
 
 
+def test_padding_is_in_no_sum(tmp_path: Path) -> None:
+    """As in torch models: two texts of three and five tokens, of which eight are learned from."""
+    model = empty(("x", ["n", 5, WIDTH]), ("attention_mask", ["n", 5]))
+    x, mask = model.graph.inputs
+    weight = np.random.default_rng(4).standard_normal((WIDTH, WIDTH)).astype(np.float32)
+    product = add(model.graph, "MatMul", x, initializer(model.graph, "up.weight", weight))
+    column = add(model.graph, "Unsqueeze", mask, initializer(model.graph, "last", np.array([-1], np.int64)))
+    finish(model, add(model.graph, "Mul", product, column))
+    model.opset_imports.pop("octavo")
+    ir.save(model, tmp_path / "g.onnx")
+    batch = {"x": X[:10].view(2, 5, WIDTH), "attention_mask": torch.tensor([[1.0, 1, 1, 0, 0], [1, 1, 1, 1, 1]])}
+    door = door_on_sample(open_model(tmp_path / "g.onnx"), batch)
+    door.prepare(resolve(read_recipe("extends: int8", "r.yaml"), door.facts(), ""))
+    text = batch["x"][batch["attention_mask"].bool()]
+    with Store() as store:
+        for block in door.walk([batch], store, is_quantized=False, keeps_unquantized=False):
+            block.gather(frozenset({Need.GRAM}))
+            for name in block.layers():
+                assert block.statistics(name).count == 8
+                assert torch.allclose(block.statistics(name).gram, text.T @ text, rtol=1e-3, atol=1e-3)
+            block.settle()
+            block.advance()
+
+
 def test_biases_take_out_mean_errors(tmp_path: Path) -> None:
     """A sum behind a product is its bias; inputs here are far from zero, so most of the error is in the means."""
     rng = np.random.default_rng(3)

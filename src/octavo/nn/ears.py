@@ -9,7 +9,7 @@ from torch import Tensor
 
 from octavo.nn.block_layers import BlockLayer
 from octavo.numerics.observers import NotFiniteError
-from octavo.numerics.statistics import Gatherer, Need
+from octavo.numerics.statistics import Gatherer, Need, kept_rows
 
 
 class Ears:
@@ -84,10 +84,8 @@ class Ears:
 
     def _take(self, name: str, x: Tensor, pair: tuple[Tensor, Tensor | None], needs: frozenset[Need]) -> None:
         rows, full = pair
-        tokens = self.tokens
-        # each row is one position of the text: not so for what an expert gets
-        is_text = tokens is not None and x.shape[:2] == tokens.shape and rows.shape[0] == tokens.numel()
-        kept = tokens.flatten().to(rows.device) if tokens is not None and is_text else None
+        kept = kept_rows(self.tokens, x.shape, rows.shape[0])  # what an expert gets is no text
+        kept = None if kept is None else kept.to(rows.device)
         try:
             self.gatherers.setdefault(name, Gatherer(needs, self.num_batches)).update(rows, full, kept)
         except NotFiniteError as error:

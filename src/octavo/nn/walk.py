@@ -9,7 +9,7 @@ every layer is computed once for each pass, whatever the model looks like, and i
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -34,6 +34,7 @@ from octavo.nn.structure import (
     replaced_forwards,
 )
 from octavo.numerics.arrays import tensors_in
+from octavo.numerics.statistics import tokens_of
 from octavo.numerics.store import Store
 
 logger = logging.getLogger(__name__)
@@ -346,19 +347,6 @@ def _close(one: Tensor, other: Tensor) -> bool:
         return False
     size = float(other.abs().max()) if other.numel() else 0.0
     return bool(torch.allclose(one, other, rtol=1e-3, atol=1e-3 * size))
-
-
-def tokens_of(batch: Any) -> Tensor | None:
-    """``(batch, length)``: which positions hold text and no padding; ``None`` where a batch does not say, or all do."""
-    match batch:
-        case Mapping():
-            mask = None if "decoder_input_ids" in batch else batch.get("attention_mask")
-            is_known = isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all())
-            return mask.bool() if isinstance(mask, Tensor) and is_known else None
-        case tuple() | list():
-            return next((mask for part in batch if (mask := tokens_of(part)) is not None), None)
-        case _:
-            return None
 
 
 def _plain(output: Any) -> Any:

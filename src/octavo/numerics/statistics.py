@@ -7,7 +7,7 @@ padding out where a batch says by ``attention_mask`` what padding is.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -137,6 +137,25 @@ class InputStatistics:
 
 _ROWS_PER_CHANNEL = 4  # that a sampled Gram matrix keeps at least
 _LARGEST_STRIDE = 4
+
+
+def tokens_of(batch: Any) -> Tensor | None:
+    """``(batch, length)``: which positions hold text and no padding; ``None`` where a batch does not say, or all do."""
+    match batch:
+        case Mapping():
+            mask = None if "decoder_input_ids" in batch else batch.get("attention_mask")
+            is_known = isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all())
+            return mask.bool() if isinstance(mask, Tensor) and is_known else None
+        case tuple() | list():
+            return next((mask for part in batch if (mask := tokens_of(part)) is not None), None)
+        case _:
+            return None
+
+
+def kept_rows(tokens: Tensor | None, shape: Sequence[int], num_rows: int) -> Tensor | None:
+    """``(num_rows,)``: which rows of a tensor of ``shape`` hold text; ``None``: all, or they are no positions."""
+    is_text = tokens is not None and tuple(shape[:2]) == tuple(tokens.shape) and num_rows == tokens.numel()
+    return tokens.flatten() if tokens is not None and is_text else None
 
 
 class Gatherer:

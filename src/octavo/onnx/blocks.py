@@ -25,7 +25,7 @@ from octavo.numerics.door import Fold, InputGroup
 from octavo.numerics.hadamard import rotate
 from octavo.numerics.observers import NotFiniteError
 from octavo.numerics.qtensor import QTensor
-from octavo.numerics.statistics import Gatherer, InputStatistics, Need
+from octavo.numerics.statistics import Gatherer, InputStatistics, Need, kept_rows, tokens_of
 from octavo.numerics.store import Store
 from octavo.numerics.tensor_error import relative_error
 from octavo.onnx.beside import branch_of, rotation_of
@@ -114,6 +114,7 @@ class GraphWalk:
         self.is_quantized = is_quantized
         self.keeps = keeps
         self.num_batches = len(batches)
+        self.tokens = [tokens_of({name: tensor_of(value) for name, value in batch.items()}) for batch in batches]
         self.pieces = pieces_of(calibration.model, calibration.sites.values())
         self.live = [self.keep(batch) for batch in batches]
         self.full = [self.keep(batch) for batch in batches] if keeps else []
@@ -422,7 +423,7 @@ class GraphBlock:
         """See ``Block.gather``."""
         read = {n: str(self._sites[n].operands[Slot.INPUT].value.name) for n in self._layers if self._has_rows(n)}
         leaders = {layer: layer if self._kernel(layer) else tensor for layer, tensor in read.items()}
-        gatherers = {leader: Gatherer(needs) for leader in dict.fromkeys(leaders.values())}
+        gatherers = {leader: Gatherer(needs, self.walk.num_batches) for leader in dict.fromkeys(leaders.values())}
         sources = {leader: (layer, read[layer]) for layer, leader in leaders.items()}
         wanted = list(dict.fromkeys([*read.values(), *self._observed()]))
         session = _Session(self.calibration.model, self.piece, wanted)
@@ -433,8 +434,10 @@ class GraphBlock:
             self._look(found)
             for leader, gatherer in gatherers.items():
                 layer, name = sources[leader]
-                rows = None if other is None else self._rows(layer, other[name])
-                self._take(gatherer, name, self._rows(layer, found[name]), rows)
+                full_rows = None if other is None else self._rows(layer, other[name])
+                rows = self._rows(layer, found[name])
+                kept = kept_rows(self.walk.tokens[index], found[name].shape, len(rows))
+                self._take(gatherer, name, (rows, full_rows), kept)
             if index == 0:
                 self._reference = _floats({name: found[name] for name in self.piece.outputs if name in found})
             if Need.OUTPUTS in needs:
@@ -446,9 +449,9 @@ class GraphBlock:
         known = {name: gatherer.statistics() for name, gatherer in gatherers.items()}
         self._statistics = {layer: known[leader] for layer, leader in leaders.items()}
 
-    def _take(self, gatherer: Gatherer, name: str, rows: Tensor, full: Tensor | None) -> None:
+    def _take(self, gatherer: Gatherer, name: str, pair: tuple[Tensor, Tensor | None], kept: Tensor | None) -> None:
         try:
-            gatherer.update(rows, full)
+            gatherer.update(*pair, kept)
         except NotFiniteError as error:
             raise NotFiniteError(f"tensor '{name}': {error}") from error
 
