@@ -20,7 +20,7 @@ from octavo.onnx.blocks import GraphBlock
 from octavo.pipeline.runs import door_on_sample
 from octavo.sources import LoadedModel, open_model
 from octavo.spec.facts import Slot
-from octavo.spec.recipe import read_recipe
+from octavo.spec.recipe import Recipe, read_recipe
 from octavo.spec.resolve import resolve
 
 WIDTH = 64
@@ -171,12 +171,8 @@ def test_biases_take_out_mean_errors(tmp_path: Path) -> None:
     assert mean_error(f"{plain}\nsteps: [bias_correction]") < 1e-4 < 0.05 < mean_error(plain)
 
 
-def test_a_walk_that_was_cut_off_goes_on_and_ends_with_the_same_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    path = graph(tmp_path / "g.onnx", num_layers=9)
-    recipe = read_recipe("extends: int8\nsteps: [{smoothquant: {alpha: 0.5}}, gptq]", "r.yaml")
-    whole = pipeline.save(pipeline.quantize(open_model(path), recipe, DATA), tmp_path / "whole")
+def cut_off_and_gone_on(path: Path, recipe: Recipe, kept: Path, monkeypatch: pytest.MonkeyPatch) -> pipeline.Run:
+    """A run whose first try ended in the third piece."""
     settle = GraphBlock.settle
 
     def dying(block: GraphBlock) -> Mapping[str, str]:
@@ -187,8 +183,17 @@ def test_a_walk_that_was_cut_off_goes_on_and_ends_with_the_same_bytes(
     with monkeypatch.context() as patch:
         patch.setattr(GraphBlock, "settle", dying)
         with pytest.raises(InterruptedError):
-            pipeline.quantize(open_model(path), recipe, DATA, checkpoint=tmp_path / "kept")
-    run = pipeline.quantize(open_model(path), recipe, DATA, checkpoint=tmp_path / "kept")
+            pipeline.quantize(open_model(path), recipe, DATA, checkpoint=kept)
+    return pipeline.quantize(open_model(path), recipe, DATA, checkpoint=kept)
+
+
+def test_a_walk_that_was_cut_off_goes_on_and_ends_with_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = graph(tmp_path / "g.onnx", num_layers=9)
+    recipe = read_recipe("extends: int8\nsteps: [{smoothquant: {alpha: 0.5}}, gptq]", "r.yaml")
+    whole = pipeline.save(pipeline.quantize(open_model(path), recipe, DATA), tmp_path / "whole")
+    run = cut_off_and_gone_on(path, recipe, tmp_path / "kept", monkeypatch)
     assert "1 blocks were finished before" in caplog.text
     pipeline.save(run, tmp_path / "again")
     assert torch.equal(output(run.loaded), output(whole.loaded))
@@ -245,18 +250,7 @@ def test_scales_rotations_and_branches_survive_an_interruption(tmp_path: Path, m
     steps = "steps: [{smoothquant: {alpha: 0.5}}, {rotate: {block: 32}}, {svdquant: {rank: 8}}, gptq]"
     recipe = read_recipe(f"{RULES}\n{steps}", "r.yaml")
     whole = pipeline.quantize(open_model(path), recipe, DATA)
-    settle = GraphBlock.settle
-
-    def dying(block: GraphBlock) -> Mapping[str, str]:
-        if block.name.startswith("piece 2"):
-            raise InterruptedError
-        return settle(block)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(GraphBlock, "settle", dying)
-        with pytest.raises(InterruptedError):
-            pipeline.quantize(open_model(path), recipe, DATA, checkpoint=tmp_path / "kept")
-    run = pipeline.quantize(open_model(path), recipe, DATA, checkpoint=tmp_path / "kept")
+    run = cut_off_and_gone_on(path, recipe, tmp_path / "kept", monkeypatch)
     assert torch.equal(output(run.loaded), output(whole.loaded))
 
 
