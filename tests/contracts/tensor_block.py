@@ -101,6 +101,9 @@ class TensorBlock:
             InputGroup(("last",), HIDDEN, Fold("left", torch.arange(HIDDEN))),
         ]
 
+    def scale_groups(self) -> Sequence[InputGroup]:
+        return self.groups()
+
     def statistics(self, layer: str) -> InputStatistics:
         return self.gathered[layer]
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from octavo.numerics.door import Block, InputGroup
-from octavo.numerics.layer_scales import searched, why_not_searched
+from octavo.numerics.layer_scales import Readings, searched, why_not_searched
 from octavo.numerics.qtensor import quantize
-from octavo.numerics.rescaling import Reader, Rescaling, power_scale
+from octavo.numerics.rescaling import Judge, Reader, power_scale
 from octavo.numerics.statistics import Need
 from octavo.spec.steps import Awq
 
@@ -38,7 +38,7 @@ class AwqAlgorithm:
     def apply(self, block: Block, layers: Sequence[str]) -> dict[str, str]:
         """Scale every group, then fix every weight."""
         left: dict[str, str] = {}
-        for group in block.groups():
+        for group in block.scale_groups():
             wanted = [layer for layer in group.layers if layer in layers]
             reason = _why_not(block, group, layers) if wanted else ""
             if reason and not self._is_clipped(block, group):
@@ -69,20 +69,14 @@ def _why_not(block: Block, group: InputGroup, layers: Sequence[str]) -> str:
 
 
 def _searched_scale(block: Block, group: InputGroup, points: int) -> Tensor:
-    statistics = block.statistics(group.layers[0])
-    readers = [Reader.of(block.read_weight(layer), block.weight_spec(layer).format) for layer in group.layers]
-    spec = block.input_spec(group.layers[0])
-    judge = Rescaling(
-        readers,
-        statistics.expected_gram / max(1, statistics.count),
-        statistics.amax,
-        None if spec is None else spec.format,
-    )
-    columns = torch.stack([reader.weight.square().mean(0).sqrt() for reader in readers]).mean(0)
-    return best_scale(judge, statistics.mean_square.sqrt(), columns, points=points, tie=group.tie)
+    readings = Readings.of(block, group)
+    judge = readings.judge(block, lambda known: known.expected_gram / max(1, known.count))
+    weights = (Reader.of(block.read_weight(layer), block.weight_spec(layer).format).weight for layer in group.layers)
+    columns = torch.stack([weight.square().mean(0).sqrt() for weight in weights]).mean(0)
+    return best_scale(judge, readings.mean_square.sqrt(), columns, points=points, tie=group.tie)
 
 
-def best_scale(judge: Rescaling, inputs: Tensor, columns: Tensor, *, points: int, tie: Tie = lambda s: s) -> Tensor:
+def best_scale(judge: Judge, inputs: Tensor, columns: Tensor, *, points: int, tie: Tie = lambda s: s) -> Tensor:
     """The candidate that costs least; all ones when none is better than nothing.
 
     Args:

@@ -29,9 +29,9 @@ What an adapter can rely on:
 - ``block.statistics(layer)`` are of what the weight meets *now*: scales and rotations that earlier steps set are in
   them, and in ``read_weight``. After ``set_pre_scale(group, s)`` both have changed.
 - ``set_pre_scale`` keeps the function by itself: it divides the input and multiplies the weights' columns. For scales
-  per channel walk over ``block.groups()``, take only groups that take a scale and all of whose layers are among
-  ``layers``, and give what ``group.tie(scale)`` returns. ``group.per_column`` turns a value per channel into one per
-  weight column.
+  per channel walk over ``block.scale_groups()``, take only groups that take a scale and all of whose layers are among
+  ``layers`` (``Readings`` knows what each of them reads: experts get rows of their own), and give what
+  ``group.tie(scale)`` returns. ``group.per_column`` turns a value per channel into one per weight column.
 - A weight that ``fix_weight`` got stays as it is. Nothing may change its input afterwards; steps that scale or rotate
   come first. What no step fixed is rounded to nearest at the end, with the range that the rule's observer finds.
 - ``needs`` are gathered once for all steps of the recipe, before the first one works on the block. ``SAMPLED_GRAM`` is

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from octavo.numerics.door import Block, InputGroup
-from octavo.numerics.rescaling import Reader, Rescaling
+from octavo.numerics.layer_scales import Readings
 from octavo.numerics.statistics import Need
 from octavo.spec.steps import SmoothQuant
 
@@ -36,12 +36,12 @@ class SmoothQuantAlgorithm:
     def apply(self, block: Block, layers: Sequence[str]) -> dict[str, str]:
         """Scale every group whose input was seen."""
         left: dict[str, str] = {}
-        for group in block.groups():
+        for group in block.scale_groups():
             reason = self._why_not(block, group, layers)
             if reason:
                 left |= dict.fromkeys((layer for layer in group.layers if layer in layers), reason)
                 continue
-            amax_x = channel_amax(block.statistics(group.layers[0]).amax, group)
+            amax_x = channel_amax(Readings.of(block, group).amax, group)
             weights = torch.stack([block.read_weight(layer).float().abs().amax(0) for layer in group.layers])
             amax_w = channel_amax(weights.amax(0), group)
             block.set_pre_scale(group, self._scale(block, group, amax_x, amax_w))
@@ -50,15 +50,9 @@ class SmoothQuantAlgorithm:
     def _scale(self, block: Block, group: InputGroup, amax_x: Tensor, amax_w: Tensor) -> Tensor:
         if self.options.alpha != "search":
             return group.tie(smoothing_scale(amax_x, amax_w, self.options.alpha))
-        statistics, spec = block.statistics(group.layers[0]), block.input_spec(group.layers[0])
         if group.columns is not None and group.columns.ndim > 1:  # a convolution in groups
             return group.tie(smoothing_scale(amax_x, amax_w, _ALPHA_UNSEEN))
-        judge = Rescaling(
-            [Reader.of(block.read_weight(layer), block.weight_spec(layer).format) for layer in group.layers],
-            statistics.mean_square,
-            statistics.amax,
-            None if spec is None else spec.format,
-        )
+        judge = Readings.of(block, group).judge(block, lambda known: known.mean_square)
         alphas = torch.linspace(0, 1, _NUM_ALPHAS, dtype=torch.float64).tolist()
         scales = [group.tie(smoothing_scale(amax_x, amax_w, alpha)) for alpha in alphas]
         return min([torch.ones_like(amax_x), *scales], key=lambda scale: judge.loss(group.per_column(scale)))

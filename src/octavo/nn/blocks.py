@@ -22,7 +22,9 @@ from octavo.nn.extras import INPUT_TRANSFORM, LOW_RANK, InputTransform, Listener
 from octavo.nn.flow import Link, LinkFinder, Producer, Trial, divide_columns
 from octavo.nn.fusion import Member, fixed_outers, shared_amaxes
 from octavo.nn.hearing import Hearing
+from octavo.nn.joints import Joint, JointFinder
 from octavo.nn.quantizer import ActivationQuantizer, Mode, Quantizer, new_observer
+from octavo.nn.snapshot import stored_parameter
 from octavo.nn.stacks import Stack, StackedMatrix, takes_apart
 from octavo.numerics.block_state import BlockState
 from octavo.numerics.door import Fold, InputGroup, matrix_name, site_of
@@ -79,6 +81,7 @@ class TorchBlock:
         known_links: Links of blocks that are built alike, which are not looked for again.
         folds_only: Layers whose input takes a scale only where it can be folded.
         turned: Keys of weights whose inputs a rotation of weights has turned.
+        known_joints: Joints of blocks that are built alike.
     """
 
     def __init__(
@@ -97,10 +100,14 @@ class TorchBlock:
         known_links: dict[object, dict[str, Link | None]] | None = None,
         folds_only: AbstractSet[str] = frozenset(),
         turned: frozenset[str] = frozenset(),
+        known_joints: dict[object, tuple[Joint, ...]] | None = None,
     ) -> None:
         self._turned = turned
         self.name = name
         self._known_links = {} if known_links is None else known_links
+        self._known_joints = {} if known_joints is None else known_joints
+        self._scale_groups: list[InputGroup] | None = None
+        self._joints: dict[tuple[str, ...], Joint] = {}
         self._experts = experts
         self._fused = fused
         self.feed = feed
@@ -188,6 +195,47 @@ class TorchBlock:
             self._groups = [self._group(leader, tuple(names)) for leader, names in by_leader.items()]
         return self._groups
 
+    def scale_groups(self) -> Sequence[InputGroup]:
+        """See ``Block.scale_groups``."""
+        if self._scale_groups is None:
+            joined = {name: group for group in self._joined_groups() for name in group.layers}
+            found = (joined.get(group.layers[0], group) for group in self.groups())
+            self._scale_groups = list({group.layers: group for group in found}.values())
+        return self._scale_groups
+
+    def _joined_groups(self) -> Iterator[InputGroup]:
+        """Groups of what functions read, and of all that shares its input."""
+        functional = [x for x in self._layers.values() if x.name in self._stacks or (x.is_linear and not x.is_plain)]
+        if not functional or not self._leader or not self.feed.num_batches:
+            return
+        key = type(self._root), tuple((x.name.removeprefix(self._prefix), x.parameter.shape) for x in functional)
+        if key not in self._known_joints:
+            with self._modes(lambda q: Mode.OFF):
+                self._known_joints[key] = JointFinder(self._root, self.probe).find(
+                    [(x.quantizer.key.removeprefix(self._prefix), x.name in self._stacks) for x in functional]
+                )
+        for joint in self._known_joints[key]:
+            readers = {id(stored_parameter(self._root, reader.key)) for reader in joint.readers}
+            sites = [layer.name for layer in self._layers.values() if id(layer.parameter) in readers]
+            if any(self._layers[site].matrix.ndim > 2 and site not in self._stacks for site in sites):
+                continue  # one scale for matrices that are not seen one by one
+            names = [name for name in self.layers() if site_of(name) in sites]
+            if joint.index >= 0:
+                names = [matrix_name(site, joint.index) for site in sites]
+            producer = self._maker_of(joint)
+            size = joint.readers[0].stop
+            device = self._layers[sites[0]].parameter.device
+            self._joints[tuple(names)] = joint
+            yield InputGroup(tuple(names), size, Fold(producer, torch.arange(size, device=device)))
+
+    def _maker_of(self, joint: Joint) -> str:
+        """The site, or matrix of one, whose rows make what a joint's readers read; a norm's path."""
+        if joint.index < 0:
+            return f"{self._prefix}{joint.producer}"
+        made = stored_parameter(self._root, joint.producer)
+        site = next((layer.name for layer in self._layers.values() if layer.parameter is made), joint.producer)
+        return matrix_name(site, joint.index)
+
     def _group(self, leader: str, names: tuple[str, ...]) -> InputGroup:
         layer = self._layers.get(leader)
         takes_scale = all(self._parts[name].takes_scale for name in names)
@@ -266,9 +314,12 @@ class TorchBlock:
         scale = scale.detach().float()
         if not bool((scale.isfinite() & (scale > 0)).all()):
             raise UserError(f"layer '{group.layers[0]}': a scale of its input is not positive and finite")
-        layers = [self._layers[name] for name in group.layers]
         if not group.takes_scale:
             raise UserError(f"layer '{group.layers[0]}': its input cannot be scaled channel by channel")
+        if group.layers in self._joints:
+            self._divide_joint(group, scale)
+            return
+        layers = [self._layers[name] for name in group.layers]
         link = self._links.get(self._leader.get(group.layers[0], group.layers[0]))
         if link is None:
             transform = self._transform(group)
@@ -287,6 +338,17 @@ class TorchBlock:
         if leader in self._means:
             mean = self._means[leader]
             self._means[leader] = mean / scale.repeat_interleave(mean.shape[0] // scale.shape[0])
+
+    def _divide_joint(self, group: InputGroup, scale: Tensor) -> None:
+        assert group.fold is not None
+        if group.fold.producer in self._parts:
+            self._refuse_fixed([group.fold.producer], "scaled")
+        self._joints[group.layers].divide(self._root, scale)
+        self._has_folded = True
+        for name in group.layers:
+            leader = self._leader.get(name, name)
+            if leader == name:
+                self._statistics[name] = self.statistics(name).divided_by(scale)
 
     @torch.no_grad()
     def set_input_rotation(self, group: InputGroup, block_size: int) -> None:
@@ -447,13 +509,16 @@ class TorchBlock:
     def state(self) -> BlockState:
         """See ``Block.state``."""
         found = state_of(self._model, self._quantizers, self._layers, self._before)
-        return BlockState(found.tensors, {**found.facts, "knows_groups": self._groups is not None})
+        knows = {"knows_groups": self._groups is not None, "knows_scale_groups": self._scale_groups is not None}
+        return BlockState(found.tensors, {**found.facts, **knows})
 
     def recall(self, state: BlockState) -> None:
         """See ``Block.recall``. Observers and links may be shared with later blocks, and see what they saw before."""
         self.gather(frozenset())
         if state.facts["knows_groups"]:
             self.groups()
+        if state.facts["knows_scale_groups"]:
+            self.scale_groups()
         bring_back(self._model, self._quantizers, self._layers, state)
 
     @torch.no_grad()

@@ -171,7 +171,7 @@ class LinkFinder:
         followers = [module for _, module in link.followers]
         with _restored(*(layer.owner for layer in group), *followers):
             divide_columns(group, followers, factors[link.sources])
-            return link if _agree(self._trial.run(())[0], self._reference) else None
+            return link if agree(self._trial.run(())[0], self._reference) else None
 
     def _followers(self, group: Sequence[BlockLayer]) -> Iterator[tuple[str, nn.Module]]:
         """Layers without a quantizer that read the very tensor that the group reads."""
@@ -217,7 +217,7 @@ def _ratios(before: Tensor, after: Tensor, axis: int) -> tuple[Tensor, Tensor] |
         return None  # too little was seen to tell
     ratio = torch.where(live, new.gather(0, at).squeeze(0) / torch.where(live, largest, 1.0), 1.0)
     error, size = (new - old * ratio).abs().amax(0), new.abs().amax(0)
-    return (ratio, live) if bool((error <= _tolerance(before.dtype) * size).all()) else None
+    return (ratio, live) if bool((error <= tolerance(before.dtype) * size).all()) else None
 
 
 def _sources(powers: Tensor, ratio: Tensor, live: Tensor) -> Tensor | None:
@@ -252,14 +252,16 @@ def _view(module: nn.Module) -> WeightView:
     return kind.view(module.get_parameter("weight"))
 
 
-def _agree(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+def agree(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+    """Whether a block's outputs are what they were, up to rounding in their dtype."""
     return all(
-        bool((a.float() - b.float()).abs().max() <= _tolerance(b.dtype) * b.float().abs().max()) if b.numel() else True
+        bool((a.float() - b.float()).abs().max() <= tolerance(b.dtype) * b.float().abs().max()) if b.numel() else True
         for a, b in zip(one, other, strict=True)
     )
 
 
-def _tolerance(dtype: torch.dtype) -> float:
+def tolerance(dtype: torch.dtype) -> float:
+    """Largest error of a channel, relative to its largest value, that rounding in ``dtype`` explains."""
     return 1e-5 if dtype in (torch.float32, torch.float64) else 2e-2
 
 

@@ -102,6 +102,7 @@ class Walk:
         self.structure = self._find_structure()
         self.paths = {full: _Path(len(self.structure.chains)) for full in (False, True)}
         self._links: dict[object, dict[str, Any]] = {}
+        self._joints: dict[object, tuple[Any, ...]] = {}
         self._own: dict[tuple[int, int, int], KeptTree] = {}  # chain, block, batch
         self._parts = self._divide()
 
@@ -133,6 +134,7 @@ class Walk:
                     fused=self._fused,
                     experts=self._experts,
                     known_links=self._links,
+                    known_joints=self._joints,
                     folds_only=self._folds_only,
                     turned=self._turned,
                 )

@@ -47,7 +47,7 @@ class Fold:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class InputGroup:
-    """Layers that read the same tensor, so that they must agree on what is done to it.
+    """Layers that read the same tensor, or parts of one tensor, so that they must agree on what is done to it.
 
     Args:
         layers: Site names in the order of the forward pass; a layer that reads alone is a group of one.
@@ -146,10 +146,18 @@ class Block(Protocol):
         """Every layer of ``layers()``, in exactly one group."""
         ...
 
+    def scale_groups(self) -> Sequence[InputGroup]:
+        """Every layer of ``layers()``, in exactly one group of layers whose inputs take a factor together.
+
+        They are ``groups()``, but for what reads parts of one tensor: all experts, and what shares their input, are one
+        group, whose layers have statistics of their own. Unquantized readers of it (a router) follow by themselves.
+        """
+        ...
+
     def statistics(self, layer: str) -> InputStatistics:
         """Of what the weight meets now: what was gathered, with every scale and rotation set since taken into account.
 
-        Layers of one group share them.
+        Layers of one of ``groups()`` share them.
         """
         ...
 
@@ -181,6 +189,7 @@ class Block(Protocol):
         Folded into the producer where the group has one, else kept at the layers. Several calls multiply.
 
         Args:
+            group: One of ``groups()`` or ``scale_groups()``.
             scale: ``(num_channels,)``, positive and finite.
 
         Raises:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -9,8 +11,9 @@ from torch import Tensor
 
 from octavo.numerics.door import Block, InputGroup
 from octavo.numerics.qtensor import QTensor
+from octavo.numerics.rescaling import Judge, Mixture, Reader, Rescaling
 from octavo.numerics.scale_search import PLAIN, Weighting, outer_scale, search_scales
-from octavo.numerics.statistics import Need
+from octavo.numerics.statistics import InputStatistics, Need
 from octavo.spec.tensor_format import PLAIN_FP32, PerTensor, TensorFormat
 
 Measure = Literal["plain", "importance", "gram"]
@@ -30,6 +33,67 @@ def needs_of(measure: Measure) -> frozenset[Need]:
 def group_of(block: Block, layer: str) -> InputGroup:
     """The layers that read the same tensor as ``layer``."""
     return next(group for group in block.groups() if layer in group.layers)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Readings:
+    """What the layers of a group read: one tensor, or each expert rows of its own.
+
+    Args:
+        parts: Layers that read the same, and its statistics.
+    """
+
+    parts: tuple[tuple[tuple[str, ...], InputStatistics], ...]
+
+    @classmethod
+    def of(cls, block: Block, group: InputGroup) -> Readings:
+        """Of a group of ``block``."""
+        layers: dict[int, list[str]] = {}
+        statistics: dict[int, InputStatistics] = {}
+        for layer in group.layers:
+            found = block.statistics(layer)
+            statistics[id(found)] = found  # kept, so that no other gets its id
+            layers.setdefault(id(found), []).append(layer)
+        return cls(tuple((tuple(names), statistics[key]) for key, names in layers.items()))
+
+    @property
+    def seen(self) -> list[InputStatistics]:
+        """Those of layers that saw rows; all where none did."""
+        everything = [known for _, known in self.parts]
+        return [known for known in everything if not known.is_assumed] or everything
+
+    @property
+    def amax(self) -> Tensor:
+        """``(in_features,)`` largest absolute value of every channel."""
+        return torch.stack([known.amax for known in self.seen]).amax(0)
+
+    @property
+    def mean_square(self) -> Tensor:
+        """``(in_features,)`` mean square of every channel over all rows."""
+        if len(self.seen) == 1:
+            return self.seen[0].mean_square
+        total = sum(known.count for known in self.seen)
+        return torch.stack([known.mean_square * (known.count / max(1, total)) for known in self.seen]).sum(0)
+
+    def judge(self, block: Block, gram: Callable[[InputStatistics], Tensor]) -> Judge:
+        """Judges factors for all layers, each by what it reads.
+
+        Args:
+            block: Whose layers they are.
+            gram: ``(I, I)`` mean of ``x^T x`` of statistics, or ``(I,)`` its diagonal.
+        """
+        total = sum(known.count for _, known in self.parts)
+        num_readers = sum(len(names) for names, _ in self.parts)
+        judges: list[tuple[float, Judge]] = []
+        for names, known in self.parts:
+            spec = block.input_spec(names[0])
+            readers = [
+                Reader.of(block.read_weight(name), block.weight_spec(name).format, num_readers=num_readers)
+                for name in names
+            ]
+            judge = Rescaling(readers, gram(known), self.amax, None if spec is None else spec.format)
+            judges.append((known.count / max(1, total), judge))
+        return judges[0][1] if len(judges) == 1 else Mixture(judges)
 
 
 def why_not_searched(block: Block, layer: str, measure: Measure) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +21,17 @@ from octavo.spec.element import CodebookFormat, FloatFormat
 from octavo.spec.tensor_format import PerGroup, TensorFormat
 
 _MOST_ROWS = 128  # of a weight: enough to tell factors apart
+_FEWEST_ROWS = 16
+_MOST_ROWS_TOGETHER = 1024  # of all weights that one factor is for (experts)
 _FLOAT_NOISE = 0.144  # mean squared error of rounding to a float, over its square, times 4^(mantissa bits + 1)
+
+
+class Judge(Protocol):
+    """Tells what factors cost."""
+
+    def loss(self, scale_I: Tensor) -> float:
+        """Expected squared error of outputs."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +42,10 @@ class Reader:
     format: TensorFormat
 
     @classmethod
-    def of(cls, weight: Tensor, fmt: TensorFormat) -> Reader:
-        """Evenly spaced rows where there are many."""
-        return cls(weight.float()[:: -(-weight.shape[0] // _MOST_ROWS)], fmt)
+    def of(cls, weight: Tensor, fmt: TensorFormat, *, num_readers: int = 1) -> Reader:
+        """Evenly spaced rows where there are many; fewer where ``num_readers`` are judged together."""
+        most = max(_FEWEST_ROWS, min(_MOST_ROWS, _MOST_ROWS_TOGETHER // num_readers))
+        return cls(weight.float()[:: -(-weight.shape[0] // most)], fmt)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +94,21 @@ class Rescaling:
         else:
             top = amax.amax().expand_as(amax)
         return (top / element.max).square() / 12
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """Judges factors of a tensor whose readers get different rows of it.
+
+    Args:
+        parts: Share of the rows, and what judges those.
+    """
+
+    parts: Sequence[tuple[float, Judge]]
+
+    def loss(self, scale_I: Tensor) -> float:
+        """See ``Judge.loss``."""
+        return sum(share * judge.loss(scale_I) for share, judge in self.parts)
 
 
 def power_scale(up: Tensor, down: Tensor | None, alpha: float) -> Tensor:

@@ -231,6 +231,10 @@ class GraphBlock:
             by_tensor.setdefault(tensor, []).append(name)
         return [self._group(tuple(names)) for names in by_tensor.values()]
 
+    def scale_groups(self) -> Sequence[InputGroup]:
+        """See ``Block.scale_groups``; a graph has no stacks of weights."""
+        return self.groups()
+
     def _group(self, names: tuple[str, ...]) -> InputGroup:
         if self._sites[names[0]].facts.operation == "conv":
             return self._conv_group(names)

@@ -1,0 +1,139 @@
+"""Scales of what experts in one tensor read: they move into the norm or the rows before, and the router follows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import octavo
+from octavo.nn.door import TorchDoor
+from octavo.numerics.door import InputGroup
+from octavo.numerics.statistics import Need
+from octavo.numerics.store import Store
+from octavo.spec.recipe import Recipe
+from octavo.spec.resolve import resolve
+from octavo.spec.steps import make_step
+from zoo.table import made
+
+SPELLINGS = ["eager", "grouped_mm", "batched_mm"]
+FAMILIES = ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "llama4", "deepseek_v3"]
+LEFT = {"gpt_oss"}  # whose second matrices read (up + 1) * gate, which is linear in nothing
+
+
+def built(name: str, spelling: str = "grouped_mm") -> tuple[nn.Module, list[dict[str, Any]]]:
+    model, batch = made(name)
+    if name != "llama4":  # it has a spelling of its own
+        model.set_experts_implementation(spelling)
+    generator = torch.Generator().manual_seed(5)
+    texts = [torch.randint(3, 64, (4, 24), generator=generator) for _ in range(3)]
+    return model.eval(), [{**batch, "input_ids": text} for text in texts]
+
+
+def logits(model: nn.Module, data: list[dict[str, Any]]) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([model(**batch)[0] for batch in data])
+
+
+def recipe(weight: str, *steps: Any) -> Recipe:
+    return Recipe("r", ()).quantize("operation:linear", weight=weight).with_steps(*steps)
+
+
+def static_int8(*steps: Any) -> Recipe:
+    rule = Recipe("r", ()).quantize("operation:linear", weight="int8-channel", input="int8-tensor")
+    return rule.with_steps(*steps)
+
+
+def groups(model: nn.Module, data: list[dict[str, Any]]) -> Iterator[tuple[Any, InputGroup]]:
+    """Every group of layers of experts, before anything is rounded."""
+    door = TorchDoor(model, "test", data[0])
+    door.prepare(resolve(recipe("int4-channel"), door.facts()))
+    with Store() as store, door.evaluating():
+        for block in door.walk(data, store, is_quantized=False, keeps_unquantized=False):
+            block.gather(frozenset({Need.RANGE}))
+            yield from ((block, g) for g in block.scale_groups() if any(name.endswith("]") for name in g.layers))
+            block.advance()
+
+
+@pytest.mark.parametrize(
+    ("name", "spelling"), [("mixtral", s) for s in SPELLINGS] + [(name, "grouped_mm") for name in FAMILIES[1:]]
+)
+@torch.no_grad()
+def test_factors_move_where_nothing_is_left_of_them(name: str, spelling: str) -> None:
+    model, data = built(name, spelling)
+    before, weights = logits(model, data), {k: v.clone() for k, v in model.state_dict().items()}
+    generator, scaled = torch.Generator().manual_seed(2), 0
+    for block, group in groups(model, data):
+        is_second = "#linear1[" in group.layers[-1]
+        assert group.takes_scale == (group.fold is not None) == (not is_second or name not in LEFT), group.layers
+        if not group.takes_scale:
+            continue
+        assert is_second == (len(group.layers) == 1)
+        last, scale = group.layers[-1], torch.rand(group.num_channels, generator=generator) * 3 + 0.3
+        weight, low = block.read_weight(last).clone(), block.statistics(last).low
+        block.set_pre_scale(group, scale)
+        torch.testing.assert_close(block.read_weight(last), weight * scale)
+        torch.testing.assert_close(block.statistics(last).low, low / scale)
+        scaled += 1
+    assert scaled >= 2
+    assert not any("input_transform" in name for name, _ in model.named_modules())
+    torch.testing.assert_close(logits(model, data), before, rtol=1e-3, atol=1e-4 * float(before.abs().max()))
+    changed = {
+        key for key, value in model.state_dict().items() if key in weights and not torch.equal(value, weights[key])
+    }
+    assert any("norm" in key for key in changed), changed
+    assert any("router" in key or ".gate.weight" in key for key in changed), changed
+
+
+@torch.no_grad()
+def plant(model: nn.Module, factor: float = 50.0) -> None:
+    """One channel in sixteen of what experts and their second matrices read is far larger than the others."""
+    generator = torch.Generator().manual_seed(11)
+    for layer in model.model.layers:
+        experts, norm = layer.mlp.experts, layer.post_attention_layernorm
+        chosen = torch.randperm(len(norm.weight), generator=generator)[: len(norm.weight) // 16]
+        norm.weight[chosen] *= factor
+        layer.mlp.gate.weight[:, chosen] /= factor
+        experts.gate_up_proj[:, :, chosen] /= factor
+        width = experts.down_proj.shape[-1]
+        inside = torch.randperm(width, generator=generator)[: width // 16]
+        experts.gate_up_proj[:, width + inside] *= factor
+        experts.down_proj[:, :, inside] /= factor
+
+
+def lost(name: str, spelling: str, chosen: Recipe) -> float:
+    """Squared error of the logits that quantization adds, over their squares."""
+    model, data = built(name, spelling)
+    plain = logits(model, data)
+    plant(model)
+    torch.testing.assert_close(logits(model, data), plain, rtol=1e-3, atol=1e-3)
+    octavo.quantize(model, chosen, data)
+    return float((logits(model, data) - plain).square().sum() / plain.square().sum())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "spelling"), [("mixtral", "eager"), ("mixtral", "batched_mm"), ("qwen3_moe", "grouped_mm")]
+)
+def test_scales_take_the_loss_of_outliers_away(name: str, spelling: str) -> None:
+    clipped = lost(name, spelling, recipe("int4-channel", make_step("scale_search", {"measure": "gram"})))
+    assert lost(name, spelling, recipe("int4-channel", make_step("awq"))) < 0.7 * clipped
+    plain = lost(name, spelling, static_int8())
+    for alpha in (0.5, "search"):
+        step = make_step("smoothquant", {"alpha": alpha})
+        assert lost(name, spelling, static_int8(step)) < 0.3 * plain, alpha
+
+
+@pytest.mark.parametrize(("name", "weight"), [("mixtral", "nvfp4"), ("llama4", "int4-channel")])
+@torch.no_grad()
+def test_scaled_experts_are_saved_and_come_back(name: str, weight: str, tmp_path: Path) -> None:
+    model, data = built(name)
+    chosen = recipe(weight, make_step("awq"))
+    run = octavo.save(octavo.quantize(model, chosen, data, checkpoint=tmp_path / "kept"), tmp_path / "run")
+    again = octavo.load(tmp_path / "run", built(name)[0], sample=data[0])
+    assert torch.equal(logits(again.model, data), logits(run.model, data))
+    assert octavo.verify(tmp_path / "run", run, data).agrees
