@@ -50,12 +50,16 @@ def awq(scheme: str | dict[str, Any], model: nn.Module) -> list[Any]:
     return [AWQModifier(mappings=values, duo_scaling="both"), *plain(scheme, model)]
 
 
-def smoothed_gptq(scheme: str | dict[str, Any], model: nn.Module) -> list[Any]:
+def smoothed_gptq(scheme: str | dict[str, Any], model: nn.Module, strength: float = 0.5) -> list[Any]:
     from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 
     if "Bert" in type(model).__name__:
         raise ValueError("norms feed the residual, nothing can be folded")
-    return [SmoothQuantModifier(smoothing_strength=0.5), *gptq(scheme, model)]
+    return [SmoothQuantModifier(smoothing_strength=strength), *gptq(scheme, model)]
+
+
+def smoothed_more_gptq(scheme: str | dict[str, Any], model: nn.Module) -> list[Any]:
+    return smoothed_gptq(scheme, model, 0.9)
 
 
 def smoothed(scheme: str | dict[str, Any], model: nn.Module) -> list[Any]:
@@ -86,6 +90,7 @@ METHODS: dict[str, Method] = {
     "int8 smoothquant": oneshot(smoothed, _INT8),
     "int8 gptq": oneshot(gptq, _INT8),
     "int8 smoothquant+gptq": oneshot(smoothed_gptq, _INT8),
+    "int8 smoothquant .9+gptq": oneshot(smoothed_more_gptq, _INT8),
     "int4-group128 awq": oneshot(awq, "W4A16"),
     "int4-group128 gptq": oneshot(gptq, "W4A16"),
     "int4-group32 awq": oneshot(awq, _INT4_32),

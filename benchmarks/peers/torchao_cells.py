@@ -1,4 +1,7 @@
-"""torchao's algorithms on CPU. See ``cell.py``; its MXFP4 wants a model in bf16."""
+"""torchao's algorithms on CPU. See ``cell.py``; its MXFP4 wants a model in bf16.
+
+Its other observer for SmoothQuant (``use_running_absmax``) fails with static INT8: it asks options of a dictionary.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,8 @@ from torch import nn
 
 
 def is_linear(module: nn.Module, name: str) -> bool:
-    """Everything but the output head, which the other libraries leave alone, too."""
-    return isinstance(module, nn.Linear) and "lm_head" not in name
+    """Everything but the output head, which others leave alone, too, and the pooler, which no embedding needs."""
+    return isinstance(module, nn.Linear) and not {"lm_head", "pooler"} & set(name.split("."))
 
 
 def plain(config: Callable[[], Any], dtype: torch.dtype = torch.float32) -> Method:
@@ -42,12 +45,24 @@ def in_steps(make: Callable[[str], Any], *steps: str) -> Method:
     return quantize
 
 
-def smoothquant(step: str) -> Any:
-    from torchao.prototype.smoothquant import SmoothQuantConfig
-    from torchao.quantization import Int8StaticActivationInt8WeightConfig, PerRow, PerTensor
+def static_int8(alpha: float | None) -> Method:
+    """One range for the inputs of a layer, after SmoothQuant where ``alpha`` is given."""
 
-    base = Int8StaticActivationInt8WeightConfig(granularity=[PerTensor(), PerRow()])
-    return SmoothQuantConfig(base, step, use_running_absmax=True)  # its other observer wants texts of one length
+    def quantize(model: nn.Module, draw: Draw) -> nn.Module:
+        from torchao.prototype.smoothquant import SmoothQuantConfig
+        from torchao.prototype.smoothquant.core import SmoothQuantObserver
+        from torchao.quantization import Int8StaticActivationInt8WeightConfig, PerRow, PerTensor, quantize_
+
+        base = Int8StaticActivationInt8WeightConfig(granularity=[PerTensor(), PerRow()])
+        quantize_(model, SmoothQuantConfig(base, "prepare", alpha), filter_fn=is_linear)
+        draw.run(model)
+        for module in model.modules():
+            if isinstance(module, SmoothQuantObserver):  # it joins its inputs, so that they need one length
+                module.inputs = [seen.reshape(-1, 1, seen.shape[-1]) for seen in module.inputs]
+        quantize_(model, SmoothQuantConfig(base, "convert", alpha), filter_fn=is_linear)
+        return model
+
+    return quantize
 
 
 def intx(group_size: int, **options: Any) -> Any:
@@ -105,7 +120,10 @@ def w4a8() -> Any:
 
 
 METHODS: dict[str, Method] = {
-    "int8 smoothquant": in_steps(smoothquant, "prepare", "prepare_for_smoothquant_smoothing_factor", "convert"),
+    "int8 plain": static_int8(None),
+    "int8 smoothquant": static_int8(0.5),
+    "int8 smoothquant alpha .75": static_int8(0.75),
+    "int8 smoothquant alpha 1": static_int8(1.0),
     "int4-group128 plain": plain(lambda: intx(128)),
     "int4-group128 hqq": plain(lambda: hqq(128)),
     "int4-group128 awq": in_steps(awq(128), "prepare", "convert"),
