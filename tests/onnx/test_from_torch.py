@@ -91,10 +91,11 @@ def test_a_format_without_standard_operators_is_refused_before_calibration() -> 
         pipeline.quantize(nn.Linear(64, 64), recipe, [torch.ones(2, 64)], layouts=["onnx"])
 
 
-def test_onnxruntime_keeps_a_relu_in_front_of_fp8(tmp_path: Path) -> None:
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU6()])
+def test_onnxruntime_keeps_a_relu_in_front_of_fp8(activation: nn.Module, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    x = torch.randn(64, 32)
-    run = pipeline.quantize(nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8)), "fp8", [x])
+    x = 8 * torch.randn(64, 32)
+    run = pipeline.quantize(nn.Sequential(nn.Linear(32, 64), activation, nn.Linear(64, 8)), "fp8", [x])
     out = pipeline.export(run, tmp_path / "onnx", layout="onnx", sample=x)
     (found,) = onnxruntime.InferenceSession(out / "model.onnx").run(None, {"input": x.numpy()})
     with torch.no_grad():

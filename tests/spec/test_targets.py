@@ -6,6 +6,7 @@ import pytest
 
 from octavo.errors import UserError
 from octavo.spec.facts import ModelFacts, SiteFacts, Slot
+from octavo.spec.plan import Plan
 from octavo.spec.recipe import load_recipe
 from octavo.spec.resolve import resolve
 from octavo.spec.targets import TARGETS, target_named
@@ -155,12 +156,27 @@ def test_a_residual_sum_stays_in_float_where_a_rule_or_a_source_does() -> None:
 
 def test_norms_that_a_runtime_would_compute_in_float_are_said() -> None:
     conv = SiteFacts("conv", "conv", "Conv2d", SITE.slots, weight_shape=(8, 256), parameters={"conv.weight": 2048})
-    for type_name, target, is_said in (
-        ("BatchNorm2d", "onnxruntime-cpu", True),
-        ("BatchNorm2d", "", False),
-        ("BatchNormalization", "onnxruntime-cpu", False),  # of a graph, where it did not follow a convolution
-        ("LayerNorm", "onnxruntime-cpu", False),
+    for facts, target, is_said in (
+        ({"stays": "it has a forward of its own"}, "onnxruntime-cpu", True),
+        ({"stays": "it has a forward of its own"}, "", False),
+        ({"folds_into": "conv"}, "onnxruntime-cpu", False),
+        ({}, "onnxruntime-cpu", False),  # of another kind
     ):
-        norm = SiteFacts("norm", "norm", type_name, (Slot.INPUT,), parameters={"norm.weight": 8})
+        norm = SiteFacts("norm", "norm", "Norm", (Slot.INPUT,), parameters={"norm.weight": 8}, **facts)
         plan = resolve(load_recipe("int8"), ModelFacts("m", "M", (conv, norm), 2056, 8224, True), target)
         assert any("'norm'" in warning and "in float" in warning for warning in plan.warnings) == is_said
+        assert plan.decision("norm").folded_into == facts.get("folds_into", "")
+
+
+def test_a_norm_is_folded_into_a_quantized_layer_unless_a_rule_speaks_of_it() -> None:
+    conv = SiteFacts("conv", "conv", "Conv2d", SITE.slots, weight_shape=(8, 256), parameters={"conv.weight": 2048})
+    other = SiteFacts("other", "linear", "Linear", SITE.slots, weight_shape=(8, 256), parameters={"other.weight": 2048})
+    norm = SiteFacts("norm", "norm", "Norm", (Slot.INPUT,), parameters={"norm.weight": 8}, folds_into="conv")
+    facts = ModelFacts("m", "M", (conv, norm, other), 4104, 16416, True)
+    plan = resolve(load_recipe("int8"), facts)
+    assert plan.decision("norm").folded_into == "conv"
+    assert Plan.from_json(plan.to_json()) == plan
+    for leave, why in (("norm", "left by"), ("conv", "the layer before it is not quantized")):
+        left = resolve(load_recipe("int8").leave(leave), facts).decision("norm")
+        assert not left.folded_into
+        assert why in left.why

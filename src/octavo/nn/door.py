@@ -98,7 +98,10 @@ class TorchDoor:
 
     def prepare(self, plan: Plan) -> None:
         """See ``Door.prepare``."""
-        surgery.insert(self.model, plan, self._look()[1])
+        self._prepare(plan, is_folded=False)
+
+    def _prepare(self, plan: Plan, *, is_folded: bool) -> None:
+        surgery.insert(self.model, plan, self._look()[1], is_folded=is_folded)
         self._plan = plan
         self._experts = ExpertWatch(self.model, plan.experts) if plan.experts is not None else None
 
@@ -248,7 +251,7 @@ class TorchDoor:
     def restore(self, plan: Plan, tensors: Mapping[str, torch.Tensor], layers: Iterable[LayerSnapshot]) -> None:
         """See ``Door.restore``."""
         load_tensors(self.model, dict(tensors))
-        self.prepare(plan)
+        self._prepare(plan, is_folded=True)
         restore_layers(self.model, layers)
 
     def simulated_weights(self) -> Iterator[tuple[str, torch.Tensor]]:

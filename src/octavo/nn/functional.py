@@ -11,10 +11,11 @@ from torch import nn
 from octavo.nn.alternatives import with_alternatives
 from octavo.nn.layers import INSTANCE_FORWARD, has_instance_forward, is_sealed
 from octavo.nn.ledger import Computed, Source
-from octavo.nn.meetings import Attention, Call, Meeting, Trace
+from octavo.nn.meetings import Attention, Meeting, Trace
 from octavo.nn.products import INSIDE, RESULT, Operand, Role, Roles
 from octavo.nn.redirects import NoSourceError, Tap, TappedCall, redirecting_methods
 from octavo.nn.site import Site, joined, make_facts
+from octavo.nn.uses import Call
 from octavo.nn.views import WeightView
 from octavo.spec.facts import QUANTIZER_NAMES, Slot
 

@@ -13,24 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from octavo.nn.frames import Chain, Place, is_interface, place_of
+from octavo.nn.frames import Place, is_interface, place_of
 from octavo.nn.layers import is_sealed
 from octavo.nn.ledger import Activation, Computed, Constant, Ledger, Source, merged, parameters_of, tensors_of
 from octavo.nn.multihead import MULTIHEAD_INPUTS
 from octavo.nn.products import SOFTMAX, Operand, Product, product_of, projection_inside
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """A call expression of one module.
-
-    Args:
-        owner: Path of the innermost module that was running.
-        chain: From a method of that module down to the call.
-    """
-
-    owner: str
-    chain: Chain
+from octavo.nn.uses import Call, Event, Uses
+from octavo.numerics.arrays import tensors_in
 
 
 @dataclass(slots=True)
@@ -100,6 +89,7 @@ class Trace:
         order: Paths of all modules in order of their first call.
         read_outside: Parameters that were computed with while no module that holds them was running.
         uses: Parameter -> names of the torch functions that took it.
+        graph: Who made each tensor, and who read it.
     """
 
     macs: dict[str, int] = field(default_factory=dict)
@@ -112,6 +102,7 @@ class Trace:
     order: list[str] = field(default_factory=list)
     read_outside: set[str] = field(default_factory=set)
     uses: dict[str, set[str]] = field(default_factory=dict)
+    graph: Uses = field(default_factory=Uses)
 
 
 FUSED = "F.scaled_dot_product_attention"
@@ -140,19 +131,36 @@ class CallMode(TorchFunctionMode):
         self._count = itertools.count()
         self._frames: dict[CodeType, bool] = {}
         self._interfaces: set[tuple[str, CodeType]] = set()
+        self._given: list[tuple[int, ...]] = []
 
-    def enter(self, path: str, module: nn.Module) -> None:
-        """``module`` begins to run."""
+    def enter(self, path: str, module: nn.Module, given: Any) -> None:
+        """``module`` begins to run on ``given``."""
         self.stack.append((path, module))
+        self._given.append(self._numbers_of(given))
         self._num_sealed += self._sealed[id(module)]
 
-    def leave(self, path: str) -> bool:
+    def leave(self, path: str, output: Any) -> bool:
         """The innermost module ends; ``False`` when that is not the one at ``path``."""
         if not self.stack or self.stack[-1][0] != path:
             return False
         _, module = self.stack.pop()
+        given = self._given.pop()
         self._num_sealed -= self._sealed[id(module)]
+        if self._sealed[id(module)] and not self._num_sealed:
+            self._note(None, given, output, path=path)
+        if not self.stack:
+            self.result.graph.note(Event(path, None, self._numbers_of((output,)), ()))
         return True
+
+    def _numbers_of(self, values: Any) -> tuple[int, ...]:
+        return tuple(self.number(tensor) for tensor in tensors_in(values))
+
+    def _note(self, func: Any, given: tuple[int, ...], output: Any, *, path: str) -> None:
+        """One computation: what is handed through unchanged is none."""
+        results = [tensor for tensor in tensors_in(output) if self.number(tensor) not in given]
+        if results:
+            makes = tuple(self.number(tensor) for tensor in results)
+            self.result.graph.note(Event(path, func, given, makes, results[0].ndim))
 
     def number(self, tensor: Tensor) -> int:
         """Equal for the same tensor with the same contents."""
@@ -164,9 +172,14 @@ class CallMode(TorchFunctionMode):
         return known[2]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        if self.stack and not self._num_sealed and next(tensors_of((output,)), None) is not None:
-            self._watch(sys._getframe(1), func, args, kwargs or {}, output)
+        kwargs = kwargs or {}
+        if not self.stack or self._num_sealed:
+            return func(*args, **kwargs)
+        given = self._numbers_of((args, kwargs))  # before it is computed: in place a tensor becomes another one
+        output = func(*args, **kwargs)
+        if next(tensors_of((output,)), None) is not None:
+            self._note(func, given, output, path=self.stack[-1][0])
+            self._watch(sys._getframe(1), func, args, kwargs, output)
         return output
 
     def _watch(self, frame: FrameType, func: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:

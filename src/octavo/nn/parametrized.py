@@ -16,12 +16,14 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDictPreHook
 from torch.nn.utils.weight_norm import WeightNorm
 
+from octavo.nn.waiting import Waiting
+
 _CHILD = "octavo_computed"
 _PARTS = "parametrizations"
 
 
-class Computed(nn.Module):
-    """What a weight was computed from, out of sight of ``state_dict``.
+class Computed(Waiting):
+    """What a weight was computed from.
 
     Args:
         cls: The class that the layer had.
@@ -32,13 +34,6 @@ class Computed(nn.Module):
         self.cls = cls
         self.hooks: dict[int, Callable[..., Any]] = {}
         self.stored: tuple[str, ...] = ()
-
-    def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
-        """Nothing: whoever saves a quantized model saves the weight itself."""
-        return {} if destination is None else destination
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing is expected there."""
 
 
 def sources_of(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from octavo.errors import UserError
+from octavo.nn.batch_norms import Fold, find_folds
 from octavo.nn.experts import find_experts
 from octavo.nn.functional import ROOT, claimed, functional_sites
 from octavo.nn.layers import has_own_forward, is_sealed, layer_kind, obstacle, original_class
@@ -92,6 +93,7 @@ def _collect(model: nn.Module, seen: Trace | None) -> Iterator[Site]:
         rank = {path: k for k, path in enumerate(seen.order)}
         modules = dict(sorted(modules.items(), key=lambda item: rank.get(item[0], len(rank))))
     keys, names = claimed(found), {site.facts.name for site in found}
+    folds = find_folds(model, seen)
     computed = {joined(path, name): path for path, module in modules.items() for name in sources_of(module)}
     for path, module in modules.items():
         runs_itself = seen is not None and is_sealed(module) and path in seen.order
@@ -99,7 +101,7 @@ def _collect(model: nn.Module, seen: Trace | None) -> Iterator[Site]:
         parameters = own if runs_itself else {key: p for key, p in own.items() if key not in keys}
         parameters = {key: p for key, p in parameters.items() if computed.get(key, path) == path}
         if path not in names and (path or ROOT) not in names:
-            yield from _module_sites(path, module, parameters, seen)
+            yield from _module_sites(path, module, parameters, seen, folds.get(path))
         elif parameters:
             yield _other(f"{path or ROOT}#other", module, parameters, path, seen)
         yield from (site for site in found if site.module == path)
@@ -110,7 +112,7 @@ def _own_parameters(path: str, module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _module_sites(
-    path: str, module: nn.Module, parameters: dict[str, nn.Parameter], seen: Trace | None
+    path: str, module: nn.Module, parameters: dict[str, nn.Parameter], seen: Trace | None, fold: Fold | None
 ) -> Iterator[Site]:
     kind = layer_kind(module)
     is_inherited = seen is None or not has_own_forward(module) or path in seen.inherited
@@ -136,8 +138,10 @@ def _module_sites(
             weight_name=key,
             macs=seen.macs.get(path, 0) if seen else None,
             obstacle=reason,
+            folds_into=fold.layer if fold is not None else "",
+            stays=fold.why_not if fold is not None else "",
         )
-        if parameters or kind.operation != "norm":
+        if parameters or kind.operation != "norm" or fold is not None:
             reads = seen.reads.get(path, -1) if seen and kind.operation in ("linear", "conv") else -1
             yield Site(facts, path, key, view, is_read=_is_read_outside(key, seen), reads=reads)
     elif parameters:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
+from octavo.nn.batch_norms import has_bias_of_norm
 from octavo.nn.extras import INPUT_TRANSFORM, LOW_RANK, InputTransform, LowRank
 from octavo.nn.quantizer import ActivationQuantizer, Mode, Quantizer, WeightQuantizer
 from octavo.numerics.snapshot import ActivationScale, LayerSnapshot
@@ -83,10 +84,11 @@ class TorchSnapshot:
 
     def _own_entries(self, *, keep_vars: bool) -> Iterator[tuple[str, Tensor]]:
         """State-dict entries that the model had before it was quantized."""
-        modules = self.model.named_modules(remove_duplicate=False)
+        modules = list(self.model.named_modules(remove_duplicate=False))
         prefixes = tuple(f"{path}." for path, m in modules if isinstance(m, (Quantizer, InputTransform, LowRank)))
+        norms_have = {f"{path}.bias".strip(".") for path, m in modules if has_bias_of_norm(m)}
         for key, tensor in self.model.state_dict(keep_vars=keep_vars).items():
-            if not key.startswith(prefixes):
+            if not key.startswith(prefixes) and key not in norms_have:
                 yield key, tensor
 
     def _find_aliases(self) -> dict[str, str]:

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from torch import nn
 
 from octavo.errors import UserError
+from octavo.nn.batch_norms import FoldedNorm, fold, fold_again, unfold
 from octavo.nn.changes import Change, changed_class
 from octavo.nn.extras import InputTransform, LowRank
 from octavo.nn.layers import has_own_forward, layer_kind
@@ -33,8 +34,14 @@ _MARK = "octavo_original"
 _OURS = (Quantizer, InputTransform, LowRank)
 
 
-def insert(model: nn.Module, plan: Plan, sites: Mapping[str, Site]) -> None:
+def insert(model: nn.Module, plan: Plan, sites: Mapping[str, Site], *, is_folded: bool = False) -> None:
     """Make every decision of ``plan`` true in ``model``. Nothing stays half done: an error takes all out again.
+
+    Args:
+        model: Without quantizers.
+        plan: For it.
+        sites: By name.
+        is_folded: The tensors are those of a run: norms that the plan folds are in their layers already.
 
     Raises:
         UserError: the model has quantizers already.
@@ -49,7 +56,9 @@ def insert(model: nn.Module, plan: Plan, sites: Mapping[str, Site]) -> None:
         )
     try:
         shared = _shared_inputs(plan)
-        changes: dict[str, Change] = {}
+        folds = {d.site.name: d.folded_into for d in plan.decisions if d.folded_into}
+        (fold_again if is_folded else fold)(model, folds)
+        changes = dict.fromkeys(folds, Change(counterpart=FoldedNorm))
         for decision in plan.decisions:
             if decision.scheme:
                 site = sites[decision.site.name]
@@ -199,8 +208,8 @@ def strip(model: nn.Module) -> None:
             "a lowered model keeps codes only: its original weights are gone; load the original model again"
         )
     require_way_back(model)
-    take_out(model)
     give_back(model)
+    take_out(model)
     tie_again(model)
 
 
@@ -214,6 +223,7 @@ def take_out(model: nn.Module) -> None:
         if original is not None:
             module.__class__ = original
             refresh(module)
+        unfold(module)
         restore(module)
         module.__dict__.pop("save_pretrained", None)
 

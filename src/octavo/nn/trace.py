@@ -83,7 +83,7 @@ class _Watcher:
         self._seen: set[str] = set()
 
     def enter(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self.mode.enter(path, module)
+        self.mode.enter(path, module, (args, kwargs))
         if path in self._seen:
             return
         self._seen.add(path)
@@ -93,7 +93,7 @@ class _Watcher:
             self.result.reads[path] = self.mode.number(tensor)
 
     def leave(self, path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if not self.mode.leave(path):
+        if not self.mode.leave(path, output):
             return
         kind = layer_kind(module)
         if isinstance(module, nn.MultiheadAttention):

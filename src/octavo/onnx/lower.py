@@ -66,8 +66,9 @@ class Style:
     Args:
         unsigned_activations: Codes of activations as UINT8, 128 higher than the INT8 ones.
         integer_biases: Biases of products of 8-bit integers in INT32 (``biases.py``).
-        spells_relu: A ReLU in front of small floats is written as Max. onnxruntime (1.32) takes a ReLU away that a
-            QuantizeLinear with zero point 0 follows, unless the codes are INT8: right for UINT8, wrong for FP8.
+        spells_relu: A ReLU in front of small floats is written as Max, a Clip as Max and Min. onnxruntime (1.32) takes
+            a ReLU away that a QuantizeLinear with zero point 0 follows, unless the codes are INT8: right for UINT8,
+            wrong for FP8; with a Clip there it does not load the file.
         plain_block_scales: Scales that are codes without a scale (E8M0) as numbers of the float type.
     """
 
@@ -177,10 +178,8 @@ class _Writer:
             low, high = fmt.element.min_code, fmt.element.max_code
             if self.style.unsigned_activations and code_name == "INT8":
                 code_name, zero_point, low, high = "UINT8", zero_point + 128, low + 128, high + 128
-        relu = x.producer()
-        if self.style.spells_relu and is_float(fmt.element) and relu is not None and relu.op_type == "Relu":
-            nothing = self.initializer(f"{name}_low", np.zeros((), _NUMPY[dtype]), dtype)
-            x = self.put(node, "Max", [relu.inputs[0], nothing], f"{name}.relu").outputs[0]
+        if self.style.spells_relu and is_float(fmt.element):
+            x = self._spelled(node, name, x, dtype)
         step = self.initializer(f"{name}_scale", np.asarray(scale, dtype=_NUMPY[dtype]), dtype)
         zero = self.initializer(f"{name}_zero_point", np.asarray(zero_point).astype(_NUMPY[code_name]), code_name)
         if low is not None and high is not None and not _fills(code_name, low, high):
@@ -191,6 +190,25 @@ class _Writer:
         codes.metadata_props[QUANTIZER] = name
         codes.metadata_props.update({k: v for k, v in node.metadata_props.items() if k in (ALSO, FACTOR)})
         return self.put(node, "DequantizeLinear", [codes.outputs[0], step, zero], f"{name}.dequantize").outputs[0]
+
+    def _spelled(self, node: ir.Node, name: str, x: ir.Value, dtype: str) -> ir.Value:
+        """``x`` where a ReLU or a Clip gives it, by Max and Min."""
+        maker = x.producer()
+        match maker.op_type if maker is not None else "":
+            case "Relu":
+                lowest = self.initializer(f"{name}_low", np.zeros((), _NUMPY[dtype]), dtype)
+                ends: list[tuple[str, ir.Value | None]] = [("Max", lowest)]
+            case "Clip":
+                ends = list(zip(("Max", "Min"), (maker.inputs[1:] if maker is not None else ()), strict=False))
+            case _:
+                return x
+        assert maker is not None
+        value = maker.inputs[0]
+        for op_type, end in ends:
+            if end is not None:
+                value = self.put(node, op_type, [value, end], f"{name}.{op_type.lower()}").outputs[0]
+        assert value is not None
+        return value
 
     def _replace(self, node: ir.Node, value: ir.Value) -> None:
         old = node.outputs[0]

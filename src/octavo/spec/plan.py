@@ -80,6 +80,7 @@ class Decision:
         rule: Which rule decided, as the user would recognise it; empty when none matched.
         why: Why the site, or a part of it, stays as it is; empty when fully quantized.
         beside: What algorithms leave beside the layer: after a run as it came out, before as far as steps say.
+        folded_into: Of a norm the site of the layer whose weight it becomes a part of; empty when it stays.
     """
 
     site: SiteFacts
@@ -87,6 +88,7 @@ class Decision:
     rule: str = ""
     why: str = ""
     beside: Beside = NOTHING
+    folded_into: str = ""
 
     @property
     def weight(self) -> QuantizerSpec | None:
@@ -267,6 +269,7 @@ class Plan:
                 "rule": decision.rule,
                 "why": decision.why,
                 **({"beside": decision.beside.to_dict()} if decision.beside != NOTHING else {}),
+                **({"folded_into": decision.folded_into} if decision.folded_into else {}),
             }
             for decision in self.decisions
         ]
@@ -310,7 +313,8 @@ class Plan:
 def _decision_from_dict(data: Mapping[str, Any]) -> Decision:
     scheme = {Slot(slot): QuantizerSpec.from_dict(spec) for slot, spec in data["scheme"].items()}
     beside = Beside.from_dict(data.get("beside", {}))
-    return Decision(site_from_dict(data["site"]), scheme, data["rule"], data["why"], beside)
+    folded_into = data.get("folded_into", "")
+    return Decision(site_from_dict(data["site"]), scheme, data["rule"], data["why"], beside, folded_into)
 
 
 def _with_observer(spec: QuantizerSpec | None) -> str:

@@ -11,8 +11,9 @@ How rules combine, for every slot of every site:
 4. A site with an obstacle stays as it is, and says why. A site that uses another's parameter is decided there.
 5. A target rewrites what the rules gave: zero points, weight bits, granularity (``spec/targets.py``). It adds what it
    wants besides: outputs of convolutions, residual sums that no rule speaks of.
-6. A double quantization among the recipe's steps rewrites the formats of scales (``spec/double_quantization.py``).
-7. Every pattern of a rule must match something, and every slot of a scheme must exist at one of the selected sites,
+6. A batch norm behind a layer that is quantized is folded into it, unless a rule speaks of the norm.
+7. A double quantization among the recipe's steps rewrites the formats of scales (``spec/double_quantization.py``).
+8. Every pattern of a rule must match something, and every slot of a scheme must exist at one of the selected sites,
    unless the rule is optional. A format that does not fit a weight, and a recipe that quantizes nothing, are errors.
 """
 
@@ -49,7 +50,8 @@ def resolve(recipe: Recipe, facts: ModelFacts, target: str = "") -> Plan:
     """
     runtime = target_named(target)
     rules = [_bind(recipe, index, facts) for index in range(len(recipe.rules))]
-    decisions = with_sums([for_target(_decide(site, rules), runtime) for site in facts.sites], runtime)
+    decisions = with_folds([for_target(_decide(site, rules), runtime) for site in facts.sites])
+    decisions = with_sums(decisions, runtime)
     decisions = with_branches(with_doubled_scales(decisions, recipe.steps), recipe.steps)
     _refuse_misfits(decisions)
     warnings = (
@@ -193,6 +195,23 @@ def for_target(decision: Decision, target: Target) -> Decision:
     return replace(decision, scheme=scheme)
 
 
+def with_folds(decisions: Sequence[Decision]) -> tuple[Decision, ...]:
+    """Decisions in which batch norms that no rule speaks of become part of the quantized layer before them."""
+    quantized = {decision.site.name for decision in decisions if decision.scheme}
+
+    def folded(decision: Decision) -> Decision:
+        site = decision.site
+        if decision.scheme or decision.rule or not (site.folds_into or site.stays):
+            return decision
+        if site.stays:
+            return replace(decision, why=f"norm: stays as it is, {site.stays}")
+        if site.folds_into not in quantized:
+            return replace(decision, why="norm: stays as it is, for the layer before it is not quantized")
+        return replace(decision, why="norm: folded into the layer before it", folded_into=site.folds_into)
+
+    return tuple(map(folded, decisions))
+
+
 def with_sums(decisions: Sequence[Decision], target: Target) -> tuple[Decision, ...]:
     """Decisions in which residual sums that no rule speaks of get what the target wants of them."""
     known: dict[str, Decision] = {}
@@ -333,16 +352,14 @@ def _saturating(decisions: Sequence[Decision], target: Target) -> list[str]:
 
 
 def _norms_between(decisions: Sequence[Decision], target: Target) -> list[str]:
-    """Norms of a torch model that a runtime computes in float between convolutions that it computes in integers."""
+    """Batch norms that a runtime computes in float between convolutions that it computes in integers."""
     in_integers = any(d.site.operation == "conv" and Slot.OUTPUT in d.scheme for d in decisions)
-    kinds = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm")
-    norms = [d.site.name for d in decisions if d.site.type_name in kinds]
+    norms = [d for d in decisions if (d.site.stays or d.site.folds_into) and not d.folded_into]
     if not target.quantizes_conv_outputs or not in_integers or not norms:
         return []
     return [
-        f"{len(norms)} norms (such as {norms[0]!r}) stay between convolutions and what follows, and {target.name} "
-        "computes them in float: write the unquantized model with torch.onnx.export and quantize that graph, where "
-        "norms are folded into convolutions, and residual sums quantized"
+        f"{len(norms)} batch norms (such as {norms[0].site.name!r}: {norms[0].why or norms[0].rule}) are not folded "
+        f"into convolutions, and {target.name} computes them in float"
     ]
 
 
