@@ -104,6 +104,9 @@ class TensorBlock:
     def scale_groups(self) -> Sequence[InputGroup]:
         return self.groups()
 
+    def placed_groups(self) -> Sequence[InputGroup]:
+        return self.groups()
+
     def statistics(self, layer: str) -> InputStatistics:
         return self.gathered[layer]
 

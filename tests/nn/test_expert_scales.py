@@ -1,4 +1,4 @@
-"""Scales of what experts in one tensor read: they move into the norm or the rows before, and the router follows."""
+"""Scales and rotations of what experts in one tensor read: scales move into what is before, and the router follows."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import octavo
+from algorithms.outliers import plant_experts
 from octavo.nn.door import TorchDoor
 from octavo.numerics.door import InputGroup
 from octavo.numerics.statistics import Need
@@ -22,7 +23,7 @@ from zoo.table import made
 
 SPELLINGS = ["eager", "grouped_mm", "batched_mm"]
 FAMILIES = ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "llama4", "deepseek_v3"]
-LEFT = {"gpt_oss"}  # whose second matrices read (up + 1) * gate, which is linear in nothing
+KEPT = {"gpt_oss"}  # whose second matrices read (up + 1) * gate, which is linear in nothing
 
 
 def built(name: str, spelling: str = "grouped_mm") -> tuple[nn.Module, list[dict[str, Any]]]:
@@ -69,10 +70,9 @@ def test_factors_move_where_nothing_is_left_of_them(name: str, spelling: str) ->
     generator, scaled = torch.Generator().manual_seed(2), 0
     for block, group in groups(model, data):
         is_second = "#linear1[" in group.layers[-1]
-        assert group.takes_scale == (group.fold is not None) == (not is_second or name not in LEFT), group.layers
-        if not group.takes_scale:
-            continue
-        assert is_second == (len(group.layers) == 1)
+        assert group.takes_scale
+        assert (group.fold is not None) == (not is_second or name not in KEPT), group.layers
+        assert (len(group.layers) == 1) == (is_second and name not in KEPT)
         last, scale = group.layers[-1], torch.rand(group.num_channels, generator=generator) * 3 + 0.3
         weight, low = block.read_weight(last).clone(), block.statistics(last).low
         block.set_pre_scale(group, scale)
@@ -80,7 +80,7 @@ def test_factors_move_where_nothing_is_left_of_them(name: str, spelling: str) ->
         torch.testing.assert_close(block.statistics(last).low, low / scale)
         scaled += 1
     assert scaled >= 2
-    assert not any("input_transform" in name for name, _ in model.named_modules())
+    assert any("input_transform" in path for path, _ in model.named_modules()) == (name in KEPT)
     torch.testing.assert_close(logits(model, data), before, rtol=1e-3, atol=1e-4 * float(before.abs().max()))
     changed = {
         key for key, value in model.state_dict().items() if key in weights and not torch.equal(value, weights[key])
@@ -89,27 +89,11 @@ def test_factors_move_where_nothing_is_left_of_them(name: str, spelling: str) ->
     assert any("router" in key or ".gate.weight" in key for key in changed), changed
 
 
-@torch.no_grad()
-def plant(model: nn.Module, factor: float = 50.0) -> None:
-    """One channel in sixteen of what experts and their second matrices read is far larger than the others."""
-    generator = torch.Generator().manual_seed(11)
-    for layer in model.model.layers:
-        experts, norm = layer.mlp.experts, layer.post_attention_layernorm
-        chosen = torch.randperm(len(norm.weight), generator=generator)[: len(norm.weight) // 16]
-        norm.weight[chosen] *= factor
-        layer.mlp.gate.weight[:, chosen] /= factor
-        experts.gate_up_proj[:, :, chosen] /= factor
-        width = experts.down_proj.shape[-1]
-        inside = torch.randperm(width, generator=generator)[: width // 16]
-        experts.gate_up_proj[:, width + inside] *= factor
-        experts.down_proj[:, :, inside] /= factor
-
-
 def lost(name: str, spelling: str, chosen: Recipe) -> float:
     """Squared error of the logits that quantization adds, over their squares."""
     model, data = built(name, spelling)
     plain = logits(model, data)
-    plant(model)
+    plant_experts(model)
     torch.testing.assert_close(logits(model, data), plain, rtol=1e-3, atol=1e-3)
     octavo.quantize(model, chosen, data)
     return float((logits(model, data) - plain).square().sum() / plain.square().sum())
@@ -126,14 +110,39 @@ def test_scales_take_the_loss_of_outliers_away(name: str, spelling: str) -> None
     for alpha in (0.5, "search"):
         step = make_step("smoothquant", {"alpha": alpha})
         assert lost(name, spelling, static_int8(step)) < 0.3 * plain, alpha
+    assert lost(name, spelling, static_int8(make_step("rotate"))) < 0.5 * plain
 
 
-@pytest.mark.parametrize(("name", "weight"), [("mixtral", "nvfp4"), ("llama4", "int4-channel")])
+@pytest.mark.parametrize(
+    ("name", "spelling", "weight", "step"),
+    [
+        ("mixtral", "grouped_mm", "nvfp4", make_step("awq")),
+        ("llama4", "", "int4-channel", make_step("awq")),
+        ("gpt_oss", "grouped_mm", "int4-channel", make_step("awq")),
+        *(("mixtral", spelling, "nvfp4", make_step("rotate")) for spelling in SPELLINGS),
+        ("llama4", "", "int4-channel", make_step("rotate")),
+        ("gpt_oss", "eager", "int4-channel", make_step("rotate", {"where": ["residual", "heads", "online"]})),
+    ],
+)
 @torch.no_grad()
-def test_scaled_experts_are_saved_and_come_back(name: str, weight: str, tmp_path: Path) -> None:
-    model, data = built(name)
-    chosen = recipe(weight, make_step("awq"))
-    run = octavo.save(octavo.quantize(model, chosen, data, checkpoint=tmp_path / "kept"), tmp_path / "run")
-    again = octavo.load(tmp_path / "run", built(name)[0], sample=data[0])
+def test_what_was_done_to_experts_is_saved_and_comes_back(
+    name: str, spelling: str, weight: str, step: Any, tmp_path: Path
+) -> None:
+    model, data = built(name, spelling)
+    done = octavo.quantize(model, recipe(weight, step), data, checkpoint=tmp_path / "kept")
+    assert not any("left it alone" in warning for warning in done.record.warnings)
+    run = octavo.save(done, tmp_path / "run")
+    again = octavo.load(tmp_path / "run", built(name, spelling)[0], sample=data[0])
     assert torch.equal(logits(again.model, data), logits(run.model, data))
     assert octavo.verify(tmp_path / "run", run, data).agrees
+    assert run.record.bytes_after == run.plan.bytes_after
+
+
+@torch.no_grad()
+def test_the_implementation_that_was_quantized_stays(caplog: pytest.LogCaptureFixture) -> None:
+    model, data = built("mixtral", "grouped_mm")
+    octavo.quantize(model, recipe("int8-channel", make_step("rotate")), data)
+    before = logits(model, data)
+    model.set_experts_implementation("batched_mm")
+    assert "implementation of experts stays" in caplog.text
+    assert torch.equal(logits(model, data), before)

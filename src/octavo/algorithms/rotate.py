@@ -28,7 +28,7 @@ class RotateAlgorithm:
     def apply(self, block: Block, layers: Sequence[str]) -> dict[str, str]:
         """Rotate every group of linear layers."""
         left: dict[str, str] = {}
-        for group in block.groups():
+        for group in block.placed_groups():
             wanted = [layer for layer in group.layers if layer in layers]
             if not wanted:
                 continue

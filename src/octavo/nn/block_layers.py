@@ -34,6 +34,7 @@ class BlockLayer:
         parameter: The weight as it is stored.
         quantizer: The weight's.
         input_quantizer: The input's, ``None`` for none.
+        caller: The module whose method calls the function that computes with it, where its input can be changed there.
     """
 
     name: str
@@ -42,6 +43,7 @@ class BlockLayer:
     parameter: nn.Parameter
     quantizer: WeightQuantizer
     input_quantizer: ActivationQuantizer | None
+    caller: nn.Module | None = None
 
     @property
     def is_plain(self) -> bool:
@@ -77,8 +79,24 @@ class BlockLayer:
     @property
     def transform(self) -> InputTransform | None:
         """What is done to its input."""
-        found = self.holder._modules.get(INPUT_TRANSFORM)
+        home, child = self._input_place
+        found = home._modules.get(child)
         return found if isinstance(found, InputTransform) else None
+
+    def set_transform(self, transform: InputTransform) -> None:
+        """Do this to its input."""
+        home, child = self._input_place
+        home.add_module(child, transform)
+
+    @property
+    def _input_place(self) -> tuple[nn.Module, str]:
+        place = self.quantizer.input_place
+        return (self.holder, INPUT_TRANSFORM) if place is None or self.caller is None else (self.caller, place[1])
+
+    @property
+    def takes_transform(self) -> bool:
+        """Its input can be scaled, and rotated where it is a matrix or a stack of them, when it is computed with."""
+        return self.caller is not None or self.takes_scale
 
     @property
     def spec(self) -> QuantizerSpec:
@@ -129,6 +147,8 @@ class BlockLayer:
     @property
     def channel_axis(self) -> int:
         """Axis of the input's channels, from the end."""
+        if self.caller is not None and self.quantizer.input_place is not None:
+            return self.quantizer.input_place[2]
         return -1 if self.is_linear else -1 - (self.parameter.ndim - 2)
 
     def rows(self, x: Tensor) -> Tensor | None:
@@ -180,7 +200,9 @@ def block_layers(model: nn.Module, quantizers: Sequence[Quantizer]) -> dict[str,
             if isinstance(child, WeightQuantizer) and id(child) in weights and id(child) not in found:
                 owner = model.get_submodule(child.key.rpartition(".")[0])
                 parameter = stored_parameter(model, child.key)
-                found[id(child)] = BlockLayer(child.site, holder, owner, parameter, child, inputs.get(child.site))
+                caller = None if child.input_place is None else model.get_submodule(child.input_place[0])
+                given = inputs.get(child.site)
+                found[id(child)] = BlockLayer(child.site, holder, owner, parameter, child, given, caller)
     return {found[key].name: found[key] for key in weights if key in found}
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo.nn.block_layers import BlockLayer
-from octavo.nn.extras import INPUT_TRANSFORM, LOW_RANK, InputTransform, LowRank
+from octavo.nn.extras import LOW_RANK, InputTransform, LowRank
 from octavo.nn.packed import PackedTensor
 from octavo.nn.quantizer import Mode, Quantizer, WeightQuantizer
 from octavo.numerics.block_state import BlockState, from_parts, named_parts
@@ -117,4 +117,4 @@ def _add_transform(entry: Mapping[str, Any], layers: Layers, state: BlockState) 
     if entry["rotation"]:
         transform.rotate(entry["rotation"], device)
     for layer in readers:
-        layer.holder.add_module(INPUT_TRANSFORM, transform)
+        layer.set_transform(transform)

@@ -199,9 +199,31 @@ class TorchBlock:
         """See ``Block.scale_groups``."""
         if self._scale_groups is None:
             joined = {name: group for group in self._joined_groups() for name in group.layers}
-            found = (joined.get(group.layers[0], group) for group in self.groups())
-            self._scale_groups = list({group.layers: group for group in found}.values())
+            found = [group for group in self.placed_groups() if not any(name in joined for name in group.layers)]
+            by_name = {name: group for group in found for name in group.layers} | joined
+            self._scale_groups = list({by_name[name].layers: by_name[name] for name in self.layers()}.values())
         return self._scale_groups
+
+    def placed_groups(self) -> Sequence[InputGroup]:
+        """See ``Block.placed_groups``."""
+        joined: list[set[str]] = []
+        for group in self.groups():
+            sites = {site_of(name) for name in group.layers}
+            if any(not self._layers[site].is_plain for site in sites):
+                touching = [part for part in joined if part & sites]
+                joined = [*(part for part in joined if part not in touching), sites.union(*touching)]
+        found = {name: group for group in self.groups() for name in group.layers}
+        for group in map(self._placed_group, joined):
+            found |= dict.fromkeys(group.layers, group)
+        return list({found[name].layers: found[name] for name in self.layers()}.values())
+
+    def _placed_group(self, sites: AbstractSet[str]) -> InputGroup:
+        """Everything that reads what some sites read; each of them has a place for what is done to it."""
+        names = tuple(name for name in self.layers() if site_of(name) in sites)
+        layers = [self._layers[site] for site in sites]
+        takes_scale = all(x.takes_transform and (x.matrix.ndim == 2 or x.name in self._stacks) for x in layers)
+        width = layers[0].quantizer.view.matrix_shape[-1]
+        return InputGroup(names, width, takes_scale=takes_scale and not self._folds_only & sites)
 
     def _joined_groups(self) -> Iterator[InputGroup]:
         """Groups of what functions read, and of all that shares its input."""
@@ -319,11 +341,11 @@ class TorchBlock:
         if group.layers in self._joints:
             self._divide_joint(group, scale)
             return
-        layers = [self._layers[name] for name in group.layers]
+        layers = self._layers_of(group)
         link = self._links.get(self._leader.get(group.layers[0], group.layers[0]))
         if link is None:
-            transform = self._transform(group)
-            transform.divide(scale)
+            for transform in self._transforms(group):
+                transform.divide(scale)
             divide_columns(layers, (), 1 / scale)
         else:
             scale = group.tie(scale)
@@ -345,20 +367,18 @@ class TorchBlock:
             self._refuse_fixed([group.fold.producer], "scaled")
         self._joints[group.layers].divide(self._root, scale)
         self._has_folded = True
-        for name in group.layers:
-            leader = self._leader.get(name, name)
-            if leader == name:
-                self._statistics[name] = self.statistics(name).divided_by(scale)
+        self._update(group, lambda known: known.divided_by(scale))
 
     @torch.no_grad()
     def set_input_rotation(self, group: InputGroup, block_size: int) -> None:
         """See ``Block.set_input_rotation``."""
         self._refuse_fixed(group.layers, "rotated")
-        layers = [self._layers[name] for name in group.layers]
-        if not all(layer.is_linear and layer.is_plain for layer in layers):
+        layers = self._layers_of(group)
+        if not all(layer.takes_transform and layer.quantizer.operation == "linear" for layer in layers):
             raise UserError(f"layer '{group.layers[0]}': only the inputs of linear layers can be rotated")
         turned = [rotate(layer.matrix.float(), block_size) for layer in layers]
-        self._transform(group).rotate(block_size, layers[0].parameter.device)
+        for transform in self._transforms(group):
+            transform.rotate(block_size, layers[0].parameter.device)
         for layer, weight in zip(layers, turned, strict=True):
             layer.write(weight)
         self._update(group, lambda known: known.turned(partial(rotate, block_size=block_size)))
@@ -374,18 +394,29 @@ class TorchBlock:
         )  # as a file gives them: products differ in bits
         found.holder.add_module(LOW_RANK, LowRank(a, b))
 
-    def _update(self, group: InputGroup, change: Any) -> None:
-        leader = self._leader.get(group.layers[0])
-        if leader in self._statistics:
-            self._statistics[leader] = change(self._statistics[leader])
+    def _update(self, group: InputGroup, change: Callable[[InputStatistics], InputStatistics]) -> None:
+        for leader in dict.fromkeys(self._leader.get(name, name) for name in group.layers):
+            known = self.statistics(leader)
+            if known.count or leader in self._statistics:
+                self._statistics[leader] = change(known)
 
-    def _transform(self, group: InputGroup) -> InputTransform:
-        layers = [self._layers[name] for name in group.layers]
-        found = layers[0].transform
-        if found is None:
-            found = InputTransform(group.num_channels, layers[0].channel_axis, len(layers))
-            for layer in layers:
-                layer.holder.add_module(INPUT_TRANSFORM, found)
+    def _layers_of(self, group: InputGroup) -> list[BlockLayer]:
+        """Layers of a group, a stack once."""
+        return [self._layers[site] for site in dict.fromkeys(map(site_of, group.layers))]
+
+    def _transforms(self, group: InputGroup) -> list[InputTransform]:
+        """What is done to the inputs of a group: one for all its modules, and one for each call of a function."""
+        layers = self._layers_of(group)
+        plain = [layer for layer in layers if layer.caller is None]
+        alone = [[layer] for layer in layers if layer.caller is not None]
+        found = []
+        for readers in ([plain] if plain else []) + alone:
+            transform = readers[0].transform
+            if transform is None:
+                transform = InputTransform(group.num_channels, readers[0].channel_axis, len(readers))
+                for layer in readers:
+                    layer.set_transform(transform)
+            found.append(transform)
         return found
 
     def _refuse_fixed(self, names: Iterable[str], what: str) -> None:

@@ -26,7 +26,7 @@ class InputTransform(nn.Module):
     Args:
         num_channels: Channels of the input.
         axis: Where they are, from the end: -1 for linear layers.
-        num_readers: Layers that hold this module.
+        num_readers: Layers that hold this module; 1 where a function computes with it, which may happen often.
     """
 
     pre_scale: Tensor | None
@@ -64,7 +64,8 @@ class InputTransform(nn.Module):
         if self.pre_scale is not None:
             y = y / self.pre_scale.view(-1, *(1 for _ in range(-1 - self.axis)))
         if self.matrix is not None:
-            y = (y.unflatten(-1, (-1, self.rotation)) @ self.matrix).flatten(-2)
+            rows = y.movedim(self.axis, -1)
+            y = (rows.unflatten(-1, (-1, self.rotation)) @ self.matrix).flatten(-2).movedim(-1, self.axis)
         return y.to(x.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InputTransform:

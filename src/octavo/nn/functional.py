@@ -9,6 +9,7 @@ from dataclasses import replace
 from torch import nn
 
 from octavo.nn.alternatives import with_alternatives
+from octavo.nn.extras import INPUT_TRANSFORM
 from octavo.nn.layers import INSTANCE_FORWARD, has_instance_forward, is_sealed
 from octavo.nn.ledger import Computed, Source
 from octavo.nn.meetings import Attention, Meeting, Trace
@@ -57,13 +58,17 @@ class _Makers:
 
     def weights(self) -> Iterator[Site]:
         """Parameters that meet activations."""
+        meetings = self.seen.weights.items()
+        met = Counter((call, _other(meeting)) for (call, _), meeting in meetings)
+        read = Counter(id(self.parameters[key]) for (_, keys), _ in meetings for key in keys)
         tapped: set[tuple[Call, Operand]] = set()
-        for (call, keys), meeting in self.seen.weights.items():
-            other = meeting.product.right if meeting.is_left else meeting.product.left
-            yield self._weight(meeting, keys, is_first=(call, other) not in tapped)
-            tapped.add((call, other))
+        for (call, keys), meeting in meetings:
+            place = (call, _other(meeting))
+            is_alone = met[place] == 1 and all(read[id(self.parameters[key])] == 1 for key in keys)
+            yield self._weight(meeting, keys, is_first=place not in tapped, is_alone=is_alone)
+            tapped.add(place)
 
-    def _weight(self, meeting: Meeting, keys: tuple[str, ...], *, is_first: bool) -> Site:
+    def _weight(self, meeting: Meeting, keys: tuple[str, ...], *, is_first: bool, is_alone: bool) -> Site:
         call, product = meeting.call, meeting.product
         keys = tuple(self._alias(key, call.owner) for key in keys)
         key = keys[0]
@@ -71,12 +76,16 @@ class _Makers:
         name, prefix = self._name(call.owner, product.operation, holder if parameter == "weight" else None)
         view, why = self._view(meeting, key)
         slots = (Slot.WEIGHT, Slot.INPUT, Slot.OUTPUT) if product.is_dense else (Slot.WEIGHT, Slot.OUTPUT)
-        operands = {Slot.INPUT: product.right if meeting.is_left else product.left, Slot.OUTPUT: RESULT}
+        operands = {Slot.INPUT: _other(meeting), Slot.OUTPUT: RESULT}
         if product.left.index == INSIDE:
             slots = (Slot.WEIGHT, Slot.INPUT)
         slots = slots if is_first else (Slot.WEIGHT,)
         taps = {slot: prefix + QUANTIZER_NAMES[slot] for slot in slots if slot is not Slot.WEIGHT}
         tapped = tuple(Tap(child, operands[slot]) for slot, child in taps.items())
+        axis = _channel_axis(meeting) if is_alone and Slot.INPUT in taps and len(keys) == 1 else None
+        at_input = None if axis is None or self._is_layer(key) else (call.owner, prefix + INPUT_TRANSFORM, axis)
+        if at_input is not None:  # before the quantizer
+            tapped = (Tap(at_input[1], operands[Slot.INPUT]), *tapped)
         calls = tuple(TappedCall(chain, tapped) for chain in with_alternatives(call.chain))
         module = self.model.get_submodule(holder)
         mine = [key, *keys[1:], *filter(None, [meeting.bias])]
@@ -104,7 +113,13 @@ class _Makers:
             places,
             True,
             meeting.reads,
+            at_input,
         )
+
+    def _is_layer(self, key: str) -> bool:
+        """Whether a parameter is also that of a layer that runs as its module: by any of its names."""
+        names = (name for name, p in self.parameters.items() if p is self.parameters[key])
+        return any((name.rpartition(".")[0] or ROOT) in self.taken and name.endswith("weight") for name in names)
 
     def _alias(self, key: str, owner: str) -> str:
         """The name of a shared parameter in ``owner``, where it has one there."""
@@ -222,6 +237,21 @@ class _Makers:
             else TappedCall(inner.chain, (Tap(softmax, operand),))
         )
         return [(call.owner, TappedCall(call.chain, taps)), (inner.owner, within)], visible
+
+
+def _other(meeting: Meeting) -> Operand:
+    """The operand that meets the weight."""
+    return meeting.product.right if meeting.is_left else meeting.product.left
+
+
+def _channel_axis(meeting: Meeting) -> int | None:
+    """The axis of what meets a weight that is summed over, from its end; ``None`` where it is not one."""
+    if meeting.product.operation != "linear" or meeting.product.left.index == INSIDE:
+        return None
+    shapes = (meeting.shape, meeting.other) if meeting.is_left else (meeting.other, meeting.shape)
+    roles = meeting.product.roles(*shapes)[1 if meeting.is_left else 0]
+    axes = [k for k, role in enumerate(roles) if role is Role.IN]
+    return axes[0] - len(roles) if len(axes) == 1 else None
 
 
 def _own(path: str, module: nn.Module) -> dict[str, nn.Parameter]:

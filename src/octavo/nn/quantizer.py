@@ -254,6 +254,7 @@ class WeightQuantizer(Quantizer):
         self.is_fixed = False
         self.fixed: PackedTensor | None = None  # codes that rounding the parameter would not give again
         self.override: Tensor | None = None  # an algorithm tries another weight
+        self.input_place: tuple[str, str, int] | None = None  # see ``Site``
         self._rounded: tuple[weakref.ref[Tensor], tuple[object, ...], Tensor] | None = None
 
     def forward(self, weight: Tensor) -> Tensor:

@@ -26,6 +26,8 @@ class Site:
         calls: Path of a module -> calls in its methods that pass quantizers.
         places: Slot -> module and name of its quantizer as a child, where these are not ``module`` and the usual name.
         is_read: The weight is rounded wherever it is read, not by a counterpart of the module.
+        input_place: Of a weight that a function computes with: path of the module that holds what is done to its input,
+            the child's name there, and the axis of the input's channels from the end; ``None`` where it has no place.
         reads: Number of the tensor that is read here; equal numbers, equal tensors; -1 for unknown.
     """
 
@@ -37,6 +39,7 @@ class Site:
     places: Mapping[Slot, tuple[str, str]] = field(default_factory=dict)
     is_read: bool = False
     reads: int = -1
+    input_place: tuple[str, str, int] | None = None
 
     def place(self, slot: Slot) -> tuple[str, str]:
         """Path of the module that holds the quantizer of ``slot``, and its name there."""

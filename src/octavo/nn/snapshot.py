@@ -45,7 +45,7 @@ class TorchSnapshot:
         operation = next(iter(quantizers.values())).operation
         if not isinstance(weight_quantizer, WeightQuantizer):
             return LayerSnapshot(site, operation, activations=activations, fusion_group=group)
-        transform, branch = holder._modules.get(INPUT_TRANSFORM), holder._modules.get(LOW_RANK)
+        transform, branch = self._transform(weight_quantizer, holder), holder._modules.get(LOW_RANK)
         key = weight_quantizer.key
         return LayerSnapshot(
             site,
@@ -60,6 +60,13 @@ class TorchSnapshot:
             low_rank=(branch.a, branch.b) if isinstance(branch, LowRank) else None,
             fusion_group=group,
         )
+
+    def _transform(self, quantizer: WeightQuantizer, holder: nn.Module) -> nn.Module | None:
+        """What is done to the input of a weight: at its layer, or where a function is called."""
+        if quantizer.input_place is None:
+            return holder._modules.get(INPUT_TRANSFORM)
+        path, child, _ = quantizer.input_place
+        return self.model.get_submodule(path)._modules.get(child)
 
     def quantized_keys(self) -> set[str]:
         """State-dict keys of the weights that become codes, by every name that they have."""

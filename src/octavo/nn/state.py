@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from octavo.errors import UserError
 from octavo.nn.block_layers import BlockLayer, block_layers
-from octavo.nn.extras import INPUT_TRANSFORM, LOW_RANK, InputTransform, LowRank
+from octavo.nn.extras import LOW_RANK, InputTransform, LowRank
 from octavo.nn.layers import layer_kind
 from octavo.nn.originals import give_bias
 from octavo.nn.parametrized import make_plain_for_good, sources_of
@@ -48,14 +48,15 @@ def restore_layers(model: nn.Module, layers: Iterable[LayerSnapshot]) -> None:
 def _restore_extras(stored: LayerSnapshot, layer: BlockLayer, shared: dict[str, InputTransform]) -> None:
     """Put the scale or rotation of the input, and the low-rank branch, where they were."""
     if stored.pre_scale is not None or stored.input_rotation:
-        layer.holder.add_module(INPUT_TRANSFORM, _transform(stored, layer, shared))
+        layer.set_transform(_transform(stored, layer, shared))
     if stored.low_rank is not None:
         layer.holder.add_module(LOW_RANK, LowRank(*stored.low_rank).to(layer.parameter.device))
 
 
 def _transform(stored: LayerSnapshot, layer: BlockLayer, shared: dict[str, InputTransform]) -> InputTransform:
-    """One for all layers that read the same tensor, and so divide and rotate it alike."""
-    found = shared.get(stored.fusion_group) if stored.fusion_group else None
+    """One for all modules that read the same tensor, and so divide and rotate it alike; one for a function's call."""
+    group = stored.fusion_group if layer.caller is None else ""
+    found = shared.get(group) if group else None
     if found is not None:
         found.memory.num_readers += 1
         return found
@@ -66,8 +67,8 @@ def _transform(stored: LayerSnapshot, layer: BlockLayer, shared: dict[str, Input
         transform.divide(stored.pre_scale.to(device))
     if stored.input_rotation:
         transform.rotate(stored.input_rotation, device)
-    if stored.fusion_group:
-        shared[stored.fusion_group] = transform
+    if group:
+        shared[group] = transform
     return transform
 
 

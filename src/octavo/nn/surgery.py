@@ -6,6 +6,7 @@ back needs is in the classes (``octavo_original``), so it works on a deepcopy, t
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
@@ -30,6 +31,7 @@ from octavo.spec.plan import Decision, Plan
 from octavo.spec.select import quantizer_name
 from octavo.spec.targets import Target, target_named
 
+logger = logging.getLogger(__name__)
 _MARK = "octavo_original"
 _OURS = (Quantizer, InputTransform, LowRank)
 
@@ -69,6 +71,8 @@ def insert(model: nn.Module, plan: Plan, sites: Mapping[str, Site], *, is_folded
             module = model.get_submodule(path)
             module.__class__ = changed_class(type(module), change)
         _close_side_doors(model)
+        if any(decision.scheme and _is_stack(sites[decision.site.name]) for decision in plan.decisions):
+            _keep_experts(model)
     except BaseException:
         take_out(model)
         raise
@@ -104,6 +108,7 @@ def _insert_one(model: nn.Module, decision: Decision, site: Site, shared: Shared
             if sources_of(owner):
                 make_plain(owner)
             quantizer = WeightQuantizer(name, spec, site.view, site.weight)
+            quantizer.input_place = site.input_place
             quantizer.saturates = target.saturates_at(decision.site, decision.scheme)
         else:
             quantizer = ActivationQuantizer(name, spec, shared if slot is Slot.INPUT else None)
@@ -197,6 +202,24 @@ def _close_side_doors(model: nn.Module) -> None:
             module.__dict__["save_pretrained"] = _refuse_save
 
 
+def _is_stack(site: Site) -> bool:
+    return site.view is not None and site.view.num_stacked > 0
+
+
+def _keep_experts(model: nn.Module) -> None:
+    """What was quantized are the calls of one implementation of transformers' experts; ``generate`` may set another."""
+    for module in model.modules():
+        if callable(getattr(type(module), "set_experts_implementation", None)):
+            module.__dict__["set_experts_implementation"] = _stay
+
+
+def _stay(*args: object, **kwargs: object) -> None:
+    logger.warning(
+        "the implementation of experts stays: quantizers are at the calls of the one that was quantized; "
+        "to quantize another one, set it before octavo.quantize, or call octavo.strip(model) first"
+    )
+
+
 def strip(model: nn.Module) -> None:
     """Take every quantizer out and give every module the class, hooks, attributes and weights that it had.
 
@@ -226,6 +249,7 @@ def take_out(model: nn.Module) -> None:
         unfold(module)
         restore(module)
         module.__dict__.pop("save_pretrained", None)
+        module.__dict__.pop("set_experts_implementation", None)
 
 
 def _is_holder(child: nn.Module) -> bool:

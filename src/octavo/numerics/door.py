@@ -154,6 +154,10 @@ class Block(Protocol):
         """
         ...
 
+    def placed_groups(self) -> Sequence[InputGroup]:
+        """The same for what stays at the layers (rotations at run time): all matrices of a stack are one group."""
+        ...
+
     def statistics(self, layer: str) -> InputStatistics:
         """Of what the weight meets now: what was gathered, with every scale and rotation set since taken into account.
 
@@ -189,7 +193,7 @@ class Block(Protocol):
         Folded into the producer where the group has one, else kept at the layers. Several calls multiply.
 
         Args:
-            group: One of ``groups()`` or ``scale_groups()``.
+            group: Of any of the three kinds.
             scale: ``(num_channels,)``, positive and finite.
 
         Raises:
@@ -201,6 +205,10 @@ class Block(Protocol):
         """Rotate the tensor that a group reads, when it is computed with, and its weights' columns to match.
 
         The rotation is a Hadamard matrix, divided by the root of its size, on every ``block_size`` neighbours.
+
+        Args:
+            group: One of ``groups()`` or ``placed_groups()``.
+            block_size: See above.
 
         Raises:
             UserError: the size does not divide the channels or has no Hadamard matrix, or a weight is fixed already.

@@ -235,6 +235,10 @@ class GraphBlock:
         """See ``Block.scale_groups``; a graph has no stacks of weights."""
         return self.groups()
 
+    def placed_groups(self) -> Sequence[InputGroup]:
+        """See ``Block.placed_groups``; a graph has no stacks of weights."""
+        return self.groups()
+
     def _group(self, names: tuple[str, ...]) -> InputGroup:
         if self._sites[names[0]].facts.operation == "conv":
             return self._conv_group(names)
