@@ -196,8 +196,9 @@ def _run_steps(block: Block, steps: Sequence[_Chosen], told: _Told) -> tuple[lis
     work = [(step, algorithm, layers) for step, algorithm, layers in work if layers]
     if not work:
         return [], None, []
-    full = block.probe()
-    plain = _error_so_far(block, full)
+    rounded = block.probe_rounded()
+    full = block.probe() if rounded else ()  # a block that cannot be tried need not be run to compare with
+    plain = relative_error(rounded, full) if rounded else None
     rows: list[StepRecord] = []
     notes = _of_assumptions(block)
     for step, algorithm, layers in work:

@@ -75,12 +75,13 @@ class Readings:
         total = sum(known.count for known in self.seen)
         return torch.stack([known.mean_square * (known.count / max(1, total)) for known in self.seen]).sum(0)
 
-    def judge(self, block: Block, gram: Callable[[InputStatistics], Tensor]) -> Judge:
+    def judge(self, block: Block, gram: Callable[[InputStatistics], Tensor], *, is_searched: bool = False) -> Judge:
         """Judges factors for all layers, each by what it reads.
 
         Args:
             block: Whose layers they are.
             gram: ``(I, I)`` mean of ``x^T x`` of statistics, or ``(I,)`` its diagonal.
+            is_searched: See ``Rescaling``.
         """
         total = sum(known.count for _, known in self.parts)
         num_readers = sum(len(names) for names, _ in self.parts)
@@ -91,7 +92,8 @@ class Readings:
                 Reader.of(block.read_weight(name), block.weight_spec(name).format, num_readers=num_readers)
                 for name in names
             ]
-            judge = Rescaling(readers, gram(known), self.amax, None if spec is None else spec.format)
+            fmt = None if spec is None else spec.format
+            judge = Rescaling(readers, gram(known), self.amax, fmt, is_searched)
             judges.append((known.count / max(1, total), judge))
         return judges[0][1] if len(judges) == 1 else Mixture(judges)
 

@@ -4,6 +4,10 @@ With ``W`` the weights, ``G`` the Gram matrix of the inputs over their number, a
 input and multiply the weights' columns, the expected squared error of the outputs is ``tr(E G E^T)`` with
 ``E = Q(W s) / s - W``, plus what rounding the input costs: the noise of each channel times its column's energy.
 
+Where scales are searched for afterwards, ``Q`` has to search, too: such a search looks after the channels that matter
+by itself and leaves less for factors to gain. It moves every rounding error, so how the errors of two channels happen
+to meet now says nothing; the diagonal of ``G`` is then the better judge, and needs no matrix product.
+
 Legend: I input channels as the weights meet them.
 """
 
@@ -17,6 +21,7 @@ import torch
 from torch import Tensor
 
 from octavo.numerics.qtensor import fake_quantize
+from octavo.numerics.scale_search import Weighting, search_scales
 from octavo.spec.element import CodebookFormat, FloatFormat
 from octavo.spec.tensor_format import PerGroup, TensorFormat
 
@@ -57,12 +62,14 @@ class Rescaling:
         gram: ``(I, I)`` mean of ``x^T x``, or ``(I,)`` its diagonal where that is all that is known.
         amax_x: ``(I,)`` largest absolute input.
         input_format: What the input is rounded to, ``None`` for nothing.
+        is_searched: Weights get scales that ``numerics.scale_search`` finds by the diagonal, and no amax rule.
     """
 
     readers: Sequence[Reader]
     gram: Tensor
     amax_x: Tensor
     input_format: TensorFormat | None
+    is_searched: bool = False
 
     def loss(self, scale_I: Tensor) -> float:
         """Expected squared error of the outputs that are looked at, summed over them."""
@@ -70,18 +77,29 @@ class Rescaling:
         total = 0.0
         for reader in self.readers:
             scaled = reader.weight * scale_I
-            error = fake_quantize(scaled, reader.format).div_(scale_I).sub_(reader.weight)
+            error = self._rounded(scaled, reader.format, scale_I).div_(scale_I).sub_(reader.weight)
             through = error * self.gram if self.gram.ndim == 1 else error @ self.gram
             total += float(through.mul_(error).sum())
             if noise_I is not None:
                 total += float((scaled.square() * noise_I).sum())
         return total
 
+    def _rounded(self, scaled: Tensor, fmt: TensorFormat, scale_I: Tensor) -> Tensor:
+        if not self.is_searched:
+            return fake_quantize(scaled, fmt)
+        weighting = Weighting(importance=self._squares / scale_I.square())
+        scale, zero_point = search_scales(scaled, fmt, weighting, is_rough=True)
+        return fake_quantize(scaled, fmt, scale=scale, zero_point=zero_point)
+
+    @property
+    def _squares(self) -> Tensor:
+        return self.gram if self.gram.ndim == 1 else self.gram.diagonal()
+
     def _input_noise(self, scale_I: Tensor, fmt: TensorFormat) -> Tensor:
         """Variance of the rounding of every channel of ``x / scale``."""
         element = fmt.element
         if isinstance(element, FloatFormat):
-            power = (self.gram if self.gram.ndim == 1 else self.gram.diagonal()) / scale_I.square()
+            power = self._squares / scale_I.square()
             if isinstance(fmt.granularity, PerGroup) and power.numel() % fmt.granularity.size == 0:
                 groups = power.view(-1, fmt.granularity.size)
                 power = groups.mean(1, keepdim=True).expand_as(groups).flatten()

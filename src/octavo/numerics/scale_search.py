@@ -20,6 +20,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -48,6 +49,8 @@ _SMALLEST_FACTOR = 0.45
 _NUM_FITS = 3
 _SHARES = (1.0, 0.94, 0.88, 0.82, 0.75, 0.67)  # of either end of a range, for zero points
 _NUM_LISTED = 18  # entries tried where no bound stops the search
+_ROUGH_FACTORS = 4
+_ROUGH_SHARES = (1.0, 0.85, 0.7)
 
 Found = tuple[Tensor | QTensor, Tensor | None]
 
@@ -70,7 +73,9 @@ PLAIN = Weighting()
 
 
 @torch.no_grad()
-def search_scales(x: Tensor, fmt: TensorFormat, weighting: Weighting = PLAIN, *, outer: Tensor | None = None) -> Found:
+def search_scales(
+    x: Tensor, fmt: TensorFormat, weighting: Weighting = PLAIN, *, outer: Tensor | None = None, is_rough: bool = False
+) -> Found:
     """Scales (and zero points) of ``x`` that cost least.
 
     Args:
@@ -79,6 +84,7 @@ def search_scales(x: Tensor, fmt: TensorFormat, weighting: Weighting = PLAIN, *,
         weighting: What errors cost.
         outer: fp32 ``()`` scale of the scales, for formats that have one per tensor; unless given, the one of the
             largest block with room above it for scales that exceed the amax rule.
+        is_rough: Try few nearly continuous scales and fit none: to tell what a search would cost, not to store.
 
     Returns:
         What ``quantize(x, fmt, scale=..., zero_point=...)`` takes. Scales are on their own format's grid.
@@ -94,10 +100,10 @@ def search_scales(x: Tensor, fmt: TensorFormat, weighting: Weighting = PLAIN, *,
     x_NGS = _grouped(x.detach(), fmt.granularity)
     measure = _measure(weighting, x, fmt.granularity)
     if fmt.zero_point is not None:
-        return _asymmetric(x_NGS, fmt, measure, shape)
+        return _asymmetric(x_NGS, fmt, measure, shape, is_rough=is_rough)
     if _is_listed(fmt.scale):
         return _listed(x_NGS, fmt, measure, shape, outer)
-    scale_NG = _by_parts(x_NGS, measure, lambda part, by: _best_free(part, by, fmt))
+    scale_NG = _by_parts(x_NGS, measure, lambda part, by: _best_free(part, by, fmt, is_rough=is_rough))
     return quantize_scale(scale_NG.view(shape), fmt.scale), None
 
 
@@ -311,24 +317,25 @@ def _best_entry(x: Tensor, measure: _Measure, element: ElementFormat, table: Ten
     return best
 
 
-def _best_free(x: Tensor, measure: _Measure, fmt: TensorFormat) -> Tensor:
+def _best_free(x: Tensor, measure: _Measure, fmt: TensorFormat, *, is_rough: bool) -> Tensor:
     """``(N, G)`` scales, on a grid of factors of the amax rule, then fitted."""
     assert fmt.scale is not None
     x, unit = _normalized(x)
     first = divisor(quotient(x.abs().amax(-1), fmt.element.max))
     best, best_cost = first, torch.full_like(first, math.inf)
     signs = (1, -1) if fmt.scale_rule is ScaleRule.FULL_RANGE else (1,)
-    for factor in (1.0, *(sign * factor for factor in _factors(fmt.element) for sign in signs)):
+    factors = _factors(fmt.element, _ROUGH_FACTORS if is_rough else _NUM_FACTORS)
+    for factor in (1.0, *(sign * factor for factor in factors for sign in signs)):
         scale = _stored(first * factor, unit, fmt.scale)
         best, best_cost = _better(x, scale, best, best_cost, fmt, measure)
-    for _ in range(_NUM_FITS):
+    for _ in range(0 if is_rough else _NUM_FITS):
         fitted = _stored(_fit(x, best, fmt.element, measure), unit, fmt.scale)
         fitted = torch.where(fitted * best > 0, fitted, best)
         best, best_cost = _better(x, fitted, best, best_cost, fmt, measure)
     return best * unit
 
 
-def _factors(element: ElementFormat) -> Iterator[float]:
+def _factors(element: ElementFormat, count: int) -> Iterator[float]:
     """From the largest that can win down to half the amax rule."""
     low = min(1.0, max(_SMALLEST_FACTOR, 1 - 1.5 / max(1.0, element.bits - 2)))
     high = 1.16
@@ -336,7 +343,7 @@ def _factors(element: ElementFormat) -> Iterator[float]:
         high = element.max / _dominated_from(element)
     elif isinstance(element, IntFormat) and element.bits > 6:
         low, high = 0.7, 1.02
-    return iter(torch.linspace(high, low, _NUM_FACTORS, dtype=torch.float64).tolist())
+    return iter(torch.linspace(high, low, count, dtype=torch.float64).tolist())
 
 
 def _better(
@@ -370,17 +377,19 @@ def _stored(scale: Tensor, unit: Tensor, fmt: TensorFormat) -> Tensor:
     return round_owned(scale * unit, fmt.element) / unit if fmt.is_plain else scale
 
 
-def _asymmetric(x_NGS: Tensor, fmt: TensorFormat, measure: _Measure, shape: tuple[int, ...]) -> Found:
+def _asymmetric(
+    x_NGS: Tensor, fmt: TensorFormat, measure: _Measure, shape: tuple[int, ...], *, is_rough: bool
+) -> Found:
     assert fmt.scale is not None
     assert fmt.zero_point is not None
-    both = _by_parts(x_NGS, measure, lambda part, by: _best_range(part, by, fmt))
+    both = _by_parts(x_NGS, measure, lambda part, by: _best_range(part, by, fmt, is_rough=is_rough))
     scale, points = both.unbind(-1)
     stored = quantize_scale(scale.reshape(shape).contiguous(), fmt.scale)
     dtype = torch.int8 if fmt.zero_point.is_signed else torch.uint8
     return stored, points.reshape(shape).to(dtype)
 
 
-def _best_range(x: Tensor, measure: _Measure, fmt: TensorFormat) -> Tensor:
+def _best_range(x: Tensor, measure: _Measure, fmt: TensorFormat, *, is_rough: bool) -> Tensor:
     """``(N, G, 2)`` scales and zero points: shares of either end of the range, then fitted."""
     element = integer_element(fmt)
     assert fmt.scale is not None
@@ -389,11 +398,11 @@ def _best_range(x: Tensor, measure: _Measure, fmt: TensorFormat) -> Tensor:
     width = float(element.max_code - element.min_code)
     best_cost = torch.full_like(low, math.inf)
     best = torch.stack([torch.ones_like(low), torch.zeros_like(low)], -1)
-    for low_share in _SHARES:
-        for high_share in _SHARES:
-            scale = _stored(divisor((high * high_share - low * low_share) / width), unit, fmt.scale)
-            best, best_cost = _better_range(x, scale, low * low_share, best, best_cost, fmt, measure)
-    for _ in range(_NUM_FITS):
+    shares = _ROUGH_SHARES if is_rough else _SHARES
+    for low_share, high_share in product(shares, shares):
+        scale = _stored(divisor((high * high_share - low * low_share) / width), unit, fmt.scale)
+        best, best_cost = _better_range(x, scale, low * low_share, best, best_cost, fmt, measure)
+    for _ in range(0 if is_rough else _NUM_FITS):
         scale, points = best.unbind(-1)
         grid = _shifted_grid(x, scale, points, element)
         size = measure.dot(grid, grid.clone())

@@ -186,7 +186,7 @@ class Gatherer:
         if not rows.numel():
             return
         rows = rows.detach().float()
-        low, high = rows.aminmax(dim=0)
+        low, high = rows.amin(dim=0), rows.amax(dim=0)  # aminmax takes 10 to 30 times as long along the first axis
         if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
             raise NotFiniteError("the input holds NaN or inf")
         self._extreme("low", low, torch.minimum)

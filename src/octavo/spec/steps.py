@@ -81,12 +81,13 @@ class ScaleSearch(Options):
 class Awq(Options):
     """Scales input channels so that weights round well where inputs are large (arXiv:2306.00978).
 
-    ``points`` are the powers tried; ``clip`` then rounds, with the scales that cost least, else later steps round.
+    ``points`` are the powers that are looked at, a few first and then those around the best; ``clip`` then rounds, with
+    the scales that cost least, else later steps round.
     Where inputs cannot be scaled, as those of experts in one tensor, it clips alone.
     """
 
     name: ClassVar[str] = "awq"
-    points: int = Field(default=16, ge=2)
+    points: int = Field(default=33, ge=2)
     clip: bool = True
 
 
