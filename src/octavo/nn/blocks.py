@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
 from typing import Any, Protocol
 
 import torch
@@ -108,6 +108,7 @@ class TorchBlock:
         self._known_joints = {} if known_joints is None else known_joints
         self._scale_groups: list[InputGroup] | None = None
         self._joints: dict[tuple[str, ...], Joint] = {}
+        self._changes: dict[str, list[Callable[[InputStatistics], InputStatistics]]] = {}
         self._experts = experts
         self._fused = fused
         self.feed = feed
@@ -179,7 +180,8 @@ class TorchBlock:
         stack = self._stacks.get(site_of(layer))
         if stack is None or not any(matrix.name in self._leader for matrix in stack.matrices):
             return InputStatistics(0)
-        return InputStatistics.white(self._parts[layer].matrix.shape[-1], stack.layer.parameter.device)
+        white = InputStatistics.white(self._parts[layer].matrix.shape[-1], stack.layer.parameter.device)
+        return reduce(lambda known, change: change(known), self._changes.get(layer, []), white)
 
     def is_turned(self, layer: str) -> bool:
         """See ``Block.is_turned``."""
@@ -396,9 +398,11 @@ class TorchBlock:
 
     def _update(self, group: InputGroup, change: Callable[[InputStatistics], InputStatistics]) -> None:
         for leader in dict.fromkeys(self._leader.get(name, name) for name in group.layers):
-            known = self.statistics(leader)
-            if known.count or leader in self._statistics:
+            known = self._statistics.get(leader)
+            if known is not None and known.count:
                 self._statistics[leader] = change(known)
+            else:  # what is assumed of it is made when asked for
+                self._changes.setdefault(leader, []).append(change)
 
     def _layers_of(self, group: InputGroup) -> list[BlockLayer]:
         """Layers of a group, a stack once."""

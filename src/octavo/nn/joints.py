@@ -54,7 +54,8 @@ class Part:
         parameter = stored_parameter(root, self.key).detach()
         part = parameter if self.index < 0 else parameter[self.index : self.index + 1]
         part = part.movedim(self.axis, -1)[..., self.start : self.stop : self.step]
-        part.copy_((part.float() * factors).to(part.dtype))
+        for one in part if part.ndim > 2 else [part]:  # one matrix at a time in fp32
+            one.copy_((one.float() * factors).to(one.dtype))
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,7 @@ class Readings:
     """What the layers of a group read: one tensor, or each expert rows of its own.
 
     Args:
-        parts: Layers that read the same, and its statistics.
+        parts: Layers that read the same, and its statistics; those that no row reached only where none was reached.
     """
 
     parts: tuple[tuple[tuple[str, ...], InputStatistics], ...]
@@ -48,32 +48,26 @@ class Readings:
     @classmethod
     def of(cls, block: Block, group: InputGroup) -> Readings:
         """Of a group of ``block``."""
-        layers: dict[int, list[str]] = {}
-        statistics: dict[int, InputStatistics] = {}
-        for layer in group.layers:
-            found = block.statistics(layer)
-            statistics[id(found)] = found  # kept, so that no other gets its id
-            layers.setdefault(id(found), []).append(layer)
-        return cls(tuple((tuple(names), statistics[key]) for key, names in layers.items()))
-
-    @property
-    def seen(self) -> list[InputStatistics]:
-        """Those of layers that saw rows; all where none did."""
-        everything = [known for _, known in self.parts]
-        return [known for known in everything if not known.is_assumed] or everything
+        wanted = set(group.layers)
+        alike = (tuple(name for name in found.layers if name in wanted) for found in block.groups())
+        every = [names for names in alike if names]
+        seen = [
+            (names, known) for names in every if (known := block.statistics(names[0])).count and not known.is_assumed
+        ]
+        return cls(tuple(seen or [(names, block.statistics(names[0])) for names in every]))
 
     @property
     def amax(self) -> Tensor:
         """``(in_features,)`` largest absolute value of every channel."""
-        return torch.stack([known.amax for known in self.seen]).amax(0)
+        return torch.stack([known.amax for _, known in self.parts]).amax(0)
 
     @property
     def mean_square(self) -> Tensor:
         """``(in_features,)`` mean square of every channel over all rows."""
-        if len(self.seen) == 1:
-            return self.seen[0].mean_square
-        total = sum(known.count for known in self.seen)
-        return torch.stack([known.mean_square * (known.count / max(1, total)) for known in self.seen]).sum(0)
+        if len(self.parts) == 1:
+            return self.parts[0][1].mean_square
+        total = sum(known.count for _, known in self.parts)
+        return torch.stack([known.mean_square * (known.count / max(1, total)) for _, known in self.parts]).sum(0)
 
     def judge(self, block: Block, gram: Callable[[InputStatistics], Tensor], *, is_searched: bool = False) -> Judge:
         """Judges factors for all layers, each by what it reads.
