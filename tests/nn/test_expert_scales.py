@@ -146,3 +146,48 @@ def test_the_implementation_that_was_quantized_stays(caplog: pytest.LogCaptureFi
     model.set_experts_implementation("batched_mm")
     assert "implementation of experts stays" in caplog.text
     assert torch.equal(logits(model, data), before)
+
+
+class Expert(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(32, 48), nn.Linear(32, 48), nn.Linear(48, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+class Mixture(nn.Module):
+    """Experts in a list; ``calls_all``: those that no token is sent to are called with no rows."""
+
+    def __init__(self, *, calls_all: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.router = nn.RMSNorm(32), nn.Linear(32, 4, bias=False)
+        self.experts = nn.ModuleList(Expert() for _ in range(4))
+        self.calls_all = calls_all
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, out = self.norm(x), torch.zeros_like(x)
+        chosen = self.router(y).argmax(-1)
+        for k, expert in enumerate(self.experts):
+            if self.calls_all or bool((chosen == k).any()):
+                out[chosen == k] = expert(y[chosen == k])
+        return x + out
+
+
+@pytest.mark.parametrize("calls_all", [False, True])
+@torch.no_grad()
+def test_experts_in_a_list_agree_on_a_scale_those_that_the_trial_missed_among_them(calls_all: bool) -> None:
+    model = nn.Sequential(Mixture(calls_all=calls_all)).eval()
+    x = torch.randn(4, 24, 32, generator=torch.Generator().manual_seed(3))
+    x[0] = x[0, :1] + 0.01 * x[0]  # the sample on which factors are tried goes to one expert
+    assert len(model[0].router(model[0].norm(x[:1])).argmax(-1).unique()) == 1
+    before, weights = model(x), {key: value.clone() for key, value in model.state_dict().items()}
+    chosen = Recipe("r", ()).quantize("*experts*", weight="int8-channel").with_steps(make_step("smoothquant"))
+    run = octavo.quantize(model, chosen, [x])
+    with run.door.disabled(lambda name: True):
+        torch.testing.assert_close(model(x), before, rtol=1e-3, atol=1e-3)
+    assert not torch.equal(model[0].norm.weight, weights["0.norm.weight"])
+    assert not torch.equal(model[0].router.weight, weights["0.router.weight"])
+    assert not any("input_transform" in path and "down" not in path for path, _ in model.named_modules())

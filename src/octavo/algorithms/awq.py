@@ -52,6 +52,10 @@ class AwqAlgorithm:
                 block.set_pre_scale(group, self._scale(block, group))
         if self.options.clip:
             for layer in (layer for layer in layers if layer not in left):
+                reason = why_not_searched(block, layer, "gram")
+                if reason:
+                    left[layer] = reason
+                    continue
                 scale, zero_point = searched(block, layer, "gram")
                 fmt = block.weight_spec(layer).format
                 block.fix_weight(layer, quantize(block.read_weight(layer), fmt, scale=scale, zero_point=zero_point))
@@ -80,7 +84,12 @@ def _why_not(block: Block, group: InputGroup, layers: Sequence[str]) -> str:
         return "its input cannot be scaled"
     if group.columns is not None:
         return "a channel of its input meets several columns: only layers where it meets one are scaled"
-    return why_not_searched(block, group.layers[0], "gram")
+    return why_not_searched(block, _first_seen(block, group), "gram")
+
+
+def _first_seen(block: Block, group: InputGroup) -> str:
+    """The first layer that rows have reached; the first of all where none was."""
+    return next((layer for layer in group.layers if block.statistics(layer).count), group.layers[0])
 
 
 def best_scale(judge: Judge, inputs: Tensor, columns: Tensor, *, points: int, tie: Tie = lambda s: s) -> Tensor:

@@ -64,7 +64,7 @@ class SmoothQuantAlgorithm:
             return f"'{others[0]}' reads the same tensor, and the step is not for it"
         if not group.takes_scale:
             return "its input cannot be scaled channel by channel"
-        return "" if block.statistics(group.layers[0]).count else "no input of it was seen as rows"
+        return "" if any(block.statistics(layer).count for layer in group.layers) else "no input of it was seen as rows"
 
 
 def channel_amax(values: Tensor, group: InputGroup) -> Tensor:

@@ -17,7 +17,7 @@ from octavo.nn.block_layers import BlockLayer, block_layers
 from octavo.nn.block_state import bring_back, state_of, versions
 from octavo.nn.calls import KeptTree, Tree, floating
 from octavo.nn.ears import Ears
-from octavo.nn.experts import ExpertWatch
+from octavo.nn.experts import ExpertWatch, find_experts
 from octavo.nn.extras import INPUT_TRANSFORM, LOW_RANK, InputTransform, Listener, LowRank
 from octavo.nn.flow import Link, LinkFinder, Producer, Trial, divide_columns
 from octavo.nn.fusion import Member, fixed_outers, shared_amaxes
@@ -228,14 +228,16 @@ class TorchBlock:
         return InputGroup(names, width, takes_scale=takes_scale and not self._folds_only & sites)
 
     def _joined_groups(self) -> Iterator[InputGroup]:
-        """Groups of what functions read, and of all that shares its input."""
+        """Groups of what functions or experts in lists read, and of all that shares its input."""
         functional = [x for x in self._layers.values() if x.name in self._stacks or (x.is_linear and not x.is_plain)]
-        if not functional or not self._leader or not self.feed.num_batches:
+        lists = self._lists()
+        if not (functional or lists) or not self._leader or not self.feed.num_batches:
             return
-        key = type(self._root), tuple((x.name.removeprefix(self._prefix), x.parameter.shape) for x in functional)
+        shapes = tuple((x.name.removeprefix(self._prefix), x.parameter.shape) for x in functional)
+        key = type(self._root), shapes, lists
         if key not in self._known_joints:
             with self._modes(lambda q: Mode.OFF):
-                self._known_joints[key] = JointFinder(self._root, self.probe).find(
+                self._known_joints[key] = JointFinder(self._root, self.probe, lists).find(
                     [(x.quantizer.key.removeprefix(self._prefix), x.name in self._stacks) for x in functional]
                 )
         for joint in self._known_joints[key]:
@@ -251,6 +253,16 @@ class TorchBlock:
             device = self._layers[sites[0]].parameter.device
             self._joints[tuple(names)] = joint
             yield InputGroup(tuple(names), size, Fold(producer, torch.arange(size, device=device)))
+
+    def _lists(self) -> tuple[tuple[str, ...], ...]:
+        """Keys in the block of each weight that every expert of a list has."""
+        own = {x.quantizer.key.removeprefix(self._prefix) for x in self._layers.values() if x.is_plain and x.is_linear}
+        found: dict[tuple[str, str], list[str]] = {}
+        for experts in find_experts(self._root):
+            prefix = f"{experts.path}."
+            for key in (key for key in own if experts.is_list and key.startswith(prefix)):
+                found.setdefault((prefix, key.removeprefix(prefix).partition(".")[2]), []).append(key)
+        return tuple(tuple(sorted(keys)) for _, keys in sorted(found.items()))
 
     def _maker_of(self, joint: Joint) -> str:
         """The site, or matrix of one, whose rows make what a joint's readers read; a norm's path."""

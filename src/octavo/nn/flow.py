@@ -207,7 +207,7 @@ def _row_choices(path: str, module: nn.Module, channels: int) -> Iterator[Produc
 
 def _ratios(before: Tensor, after: Tensor, axis: int) -> tuple[Tensor, Tensor] | None:
     """What each channel was multiplied by, and which channels say so; ``None`` where it was not just multiplied."""
-    if before.shape != after.shape:
+    if before.shape != after.shape or not before.numel():
         return None
     old, new = (x.detach().movedim(axis, -1).reshape(-1, x.shape[axis]).float() for x in (before, after))
     at = old.abs().argmax(0, keepdim=True)

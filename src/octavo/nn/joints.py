@@ -115,10 +115,12 @@ class JointFinder:
     Args:
         root: The block.
         probe: Its forward on a few samples, in full precision: every floating tensor that it returns.
+        alike: Names of one weight in all experts of a list: those that the samples do not reach do what the others do.
     """
 
     root: nn.Module
     probe: Callable[[], Sequence[Tensor]]
+    alike: Sequence[tuple[str, ...]] = ()
     _order: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -133,19 +135,21 @@ class JointFinder:
             with reads:
                 self._reference = self.probe()
         self._reads = _by_key(reads.found)
+        self._siblings = {key: keys for keys in self.alike for key in keys}
 
     def _note(self, reads: Reads, path: str, *_: object) -> None:
         self._order.append(path)
         reads.now = len(self._order)
 
     def find(self, keys: Sequence[tuple[str, bool]]) -> tuple[Joint, ...]:
-        """All joints of parameters that functions read.
+        """All joints of parameters that functions or experts in a list read.
 
         Args:
-            keys: Their names in the block, and whether each is a stack of matrices.
+            keys: Of what functions read: names in the block, and whether each is a stack of matrices.
         """
         found: list[Joint] = []
-        for key, is_stack in keys:
+        lists = [(next((key for key in keys if key in self._reads), keys[0]), False) for keys in self.alike]
+        for key, is_stack in (*keys, *lists):
             if any(reader.key == key for joint in found for reader in joint.readers):
                 continue
             joint = self.norm_before(key)
@@ -179,10 +183,12 @@ class JointFinder:
     def _all_ran(self, channels: int) -> bool:
         """Whether every layer that could be a reader was seen: one that was not sent anything says nothing."""
         for path, module in self.root.named_modules():
-            kind, weight = layer_kind(module), self._parameters.get(f"{path}.weight".lstrip("."))
+            key = f"{path}.weight".lstrip(".")
+            kind, weight = layer_kind(module), self._parameters.get(key)
             if kind is None or kind.operation != "linear" or weight is None:
                 continue
-            if f"{path}.weight".lstrip(".") not in self._reads and kind.view(weight).matrix_shape[-1] == channels:
+            is_seen = any(name in self._reads for name in self._siblings.get(key, (key,)))
+            if not is_seen and kind.view(weight).matrix_shape[-1] == channels:
                 return False
         return True
 
@@ -221,13 +227,15 @@ class JointFinder:
         for _ in range(_MOST_ROUNDS):
             with self._changed(made_by, readers, factors) as (outputs, reads):
                 known = {reader.key for reader in readers}
-                new = [
-                    Part(key, before[0].axis, 0, channels)
+                new = {
+                    name: Part(name, before[0].axis, 0, channels)
                     for key, before in candidates.items()
                     if key not in known and _are_multiplied(before, reads.get(key, []), factors)
-                ]
+                    for name in (key, *(name for name in self._siblings.get(key, ()) if name not in self._reads))
+                    if name not in known
+                }
                 if new:
-                    readers = (*readers, *new)
+                    readers = (*readers, *new.values())
                 elif wanted in known and agree(outputs, self._reference):
                     return Joint(made_by, readers, producer)
                 else:
@@ -262,9 +270,11 @@ class JointFinder:
 
 
 def _by_key(reads: Sequence[Read]) -> dict[str, list[Read]]:
+    """A read of no rows says nothing."""
     found: dict[str, list[Read]] = {}
     for read in reads:
-        found.setdefault(read.key, []).append(read)
+        if read.x.numel():
+            found.setdefault(read.key, []).append(read)
     return found
 
 
