@@ -107,14 +107,67 @@ def test_the_quantized_file_is_as_accurate_as_the_net(trained: Net, tmp_path: Pa
     reference = accuracy(tmp_path / "net.onnx")
     assert reference > 0.96
     batches = [images[i : i + 32] for i in range(0, 128, 32)]
+    runs = {}
     for door, model in (("torch", copy.deepcopy(trained)), ("graph", open_model(tmp_path / "net.onnx"))):
-        run = pipeline.quantize(model, "int8", batches, target="onnxruntime-cpu")
+        run = runs[door] = pipeline.quantize(model, "int8", batches, target="onnxruntime-cpu")
         out = pipeline.export(run, tmp_path / door, layout="onnx", sample=images[:4])
         found = pipeline.verify(out, run, [images[1297:1361]]).to_json_object()
         assert found["agrees"], found["graphs"]
         assert accuracy(out / "model.onnx") >= reference - MOST_LOST
         fusion = fusion_of(out / "model.onnx")
-        assert fusion.unfused == ()
-        if door == "graph":  # all of it in integers
-            assert not fusion.kernels.keys() & {"Add", "Relu", "Clip", "Conv", "BatchNormalization"}
-            assert fusion.kernels["QLinearAdd"] == sum(site.operation == "add" for site in run.plan.facts.sites)
+        assert fusion.unfused == ()  # all of it in integers
+        assert not fusion.kernels.keys() & {"Add", "Relu", "Clip", "Conv", "BatchNormalization"}
+        assert fusion.kernels["QLinearAdd"] == sum(site.operation == "add" for site in run.plan.facts.sites)
+    assert_same(runs["torch"], runs["graph"])
+
+
+def assert_same(ours: pipeline.Run, theirs: pipeline.Run) -> None:
+    """Equal quantizers, weight codes and scales; ranges but for the last places of two runtimes' sums."""
+    assert dict(ours.plan.quantizers()) == dict(theirs.plan.quantizers())
+    twins = {layer.name: layer for layer in theirs.door.snapshot().layers()}
+    for layer in ours.door.snapshot().layers():
+        twin = twins.pop(layer.name)
+        assert (layer.weight is None) == (twin.weight is None)
+        if layer.weight is not None and twin.weight is not None:
+            assert torch.equal(layer.weight.codes, twin.weight.codes)
+            assert torch.equal(layer.weight.scale, twin.weight.scale)  # type: ignore[arg-type]
+        assert layer.activations.keys() == twin.activations.keys()
+        for slot, found in layer.activations.items():
+            other = twin.activations[slot]
+            torch.testing.assert_close(found.scale, other.scale, rtol=1e-5, atol=0)
+            assert found.zero_point == other.zero_point
+    assert not twins
+
+
+class Shared(Residual):
+    """As in torchvision: one ReLU module, in place, for all activations, and sums in place."""
+
+    def __init__(self, width: int, out: int, stride: int = 1) -> None:
+        super().__init__(width, out, stride)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.relu(self.norm1(self.conv1(x)))
+        out = self.norm2(self.conv2(out))
+        out += self.shortcut(x)
+        result: torch.Tensor = self.relu(out)
+        return result
+
+
+@pytest.mark.parametrize("target", ["onnxruntime-cpu", "tensorrt"])
+def test_both_doors_quantize_the_same_places_whatever_the_spelling(target: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = Net([Shared(16, 16), Inverted(16, 16), Shared(16, 24, 2)], 24, nn.ReLU(inplace=True))
+    images = digits()[0][:64]
+    for _ in range(3):
+        net(images)  # norms know what passes
+    net.eval()
+    program = torch.onnx.export(net, (images[:4],), dynamo=True, opset_version=18, dynamic_shapes=({0: "n"},))
+    assert program is not None
+    program.save(tmp_path / "net.onnx")
+    theirs = pipeline.quantize(open_model(tmp_path / "net.onnx"), "int8", [images], target=target)
+    ours = pipeline.quantize(net, "int8", [images], target=target)
+    assert_same(ours, theirs)
+    out = pipeline.export(ours, tmp_path / "out", layout="onnx", sample=images[:4])
+    found = pipeline.verify(out, ours, [images]).to_json_object()
+    assert found["agrees"], found["graphs"]

@@ -71,6 +71,8 @@ def find_folds(model: nn.Module, seen: Trace | None) -> dict[str, Fold]:
 
 
 def _fold(model: nn.Module, path: str, norm: nn.Module, seen: Trace, shared: frozenset[int]) -> Fold:
+    if seen.graph.is_blind:
+        return Fold(why_not="the sample ran in inference mode, which hides what is changed in place")
     if original_class(norm).forward not in _FORWARDS:
         return Fold(why_not="it has a forward of its own")
     runs = [event for event in seen.graph.of(path) if event.func is F.batch_norm]
@@ -141,7 +143,8 @@ def _fold_one(norm: nn.Module, layer: nn.Module) -> None:
     wide = torch.promote_types(weight.dtype, torch.float32)
     mean, variance = norm.running_mean.to(wide), norm.running_var.to(wide)
     gamma, beta = (None if p is None else p.to(wide) for p in (norm._parameters["weight"], norm._parameters["bias"]))
-    factor = (torch.ones_like(mean) if gamma is None else gamma) / torch.sqrt(variance + norm.eps)
+    deviation = torch.sqrt((variance + norm.eps).double()).to(wide)  # torch's fp32 root may be one place off
+    factor = (torch.ones_like(mean) if gamma is None else gamma) / deviation
     shift = ((torch.zeros_like(mean) if bias is None else bias.to(wide)) - mean) * factor
     shift = shift if beta is None else shift + beta
     _wait(layer, ("weight", "bias"))

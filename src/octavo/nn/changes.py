@@ -31,6 +31,8 @@ class Change:
 def changed_class(cls: type[nn.Module], change: Change) -> type[nn.Module]:
     """A subclass of ``cls`` with the change, that remembers the class before all changes (``octavo_original``)."""
     calls, reads = tuple(dict.fromkeys(change.calls)), tuple(dict.fromkeys(change.reads))
+    if change.counterpart is not None and calls and not change.is_below:  # its forward is around the redirected one
+        cls, calls = _changed(cls, (cls,), calls, ()), ()
     return _changed(cls, _bases(cls, change), calls, reads)
 
 

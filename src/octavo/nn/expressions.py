@@ -1,6 +1,6 @@
 """Expressions of a function: which one is running, and how it is changed into a call of a redirect.
 
-``f(a)`` becomes ``redirect(owner, f, a)``; ``a @ b`` and ``a.matmul(b)``, where a tensor stands in front,
+``f(a)`` becomes ``redirect(owner, f, a)``; ``a @ b``, ``a + b`` and ``a.matmul(b)``, where a tensor stands in front,
 become ``redirect(owner, matmul, a, b)``; ``super().f(a)`` becomes ``redirect(owner, f of the base class, self, a)``,
 since ``torch.compile`` cannot look into what ``super()`` gives.
 """
@@ -19,6 +19,15 @@ import torch
 
 Position = tuple[int, int, int, int]
 """Line, last line, column and end column (in bytes) of an expression, as code objects and ``ast`` give them."""
+
+_OPERATORS: dict[type[ast.operator], tuple[str, Callable[..., Any]]] = {
+    ast.MatMult: ("matmul", operator.matmul),
+    ast.Add: ("add", operator.add),
+}
+_IN_PLACE: dict[type[ast.operator], tuple[str, Callable[..., Any]]] = {
+    ast.MatMult: ("matmul", operator.matmul),
+    ast.Add: ("iadd", operator.iadd),
+}
 
 Redirect = Callable[..., Any]
 """Called as ``redirect(owner, callee, *args, **kwargs)`` in place of ``callee(*args, **kwargs)``."""
@@ -107,25 +116,26 @@ class Redirector(ast.NodeTransformer):
         return not method or (isinstance(node.func, ast.Attribute) and node.func.attr == method)
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
-        """``a @ b``."""
-        position = self._at(node) if isinstance(node.op, ast.MatMult) else None
+        """``a @ b`` and ``a + b``."""
+        position = self._at(node) if type(node.op) in _OPERATORS else None
         if position is not None:
             self.found.add(position)
         self.generic_visit(node)
         if position is None:
             return node
-        callee = self._callee("matmul", operator.matmul)
+        callee = self._callee(*_OPERATORS[type(node.op)])
         return self._call(node, self.names[position][0], callee, [node.left, node.right], [])
 
     def visit_AugAssign(self, node: ast.AugAssign) -> ast.AST:
-        """``a @= b``: a plain name is assigned anew, as torch does it."""
+        """``a @= b`` and ``a += b``: a plain name is assigned anew, as torch does it."""
         here = (node.lineno, node.end_lineno or 0, node.col_offset, node.end_col_offset or 0)
         self.generic_visit(node)
-        if here not in self.names or not (isinstance(node.op, ast.MatMult) and isinstance(node.target, ast.Name)):
+        known = _IN_PLACE.get(type(node.op))
+        if here not in self.names or known is None or not isinstance(node.target, ast.Name):
             return node
         self.found.add(here)
         left = ast.copy_location(ast.Name(node.target.id, ast.Load()), node.target)
-        callee = self._callee("matmul", operator.matmul)
+        callee = self._callee(*known)
         value = self._call(node, self.names[here][0], callee, [left, node.value], [])
         return ast.copy_location(ast.Assign([node.target], value), node)
 

@@ -24,6 +24,7 @@ _TORCH_ENTRANCES = frozenset({"torch.overrides", "torch.functional", "torch.nn.f
 
 _MODULE_CALL = nn.Module._call_impl.__code__
 """Above this frame the caller of the module begins."""
+_MODULE_ENTRANCE = nn.Module.__call__.__code__  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +93,13 @@ def place_of(frame: FrameType | None, owner: nn.Module, method: str = "") -> Pla
     chain = _by_function(points[::-1])
     codes = [point.code for point in chain]
     return Place(Chain(chain, _before(codes, interface), _before(codes, cache)), layer, inputs)
+
+
+def caller_of(frame: FrameType | None) -> FrameType | None:
+    """The frame that calls the module in whose hooks ``frame`` runs."""
+    while frame is not None and frame.f_code is not _MODULE_ENTRANCE:
+        frame = frame.f_back
+    return None if frame is None else frame.f_back
 
 
 def is_interface(frame: FrameType, owner: nn.Module) -> bool:

@@ -290,17 +290,25 @@ def weight_view(shape: tuple[int, ...], source: Source, meeting: Meeting) -> Wei
     return WeightView(shape, True, stack) if first == [Role.IN] and rest == {Role.OUT} and has_one_output else None
 
 
+def why_unreachable(module: nn.Module, calls: tuple[TappedCall, ...]) -> str:
+    """Why calls in the methods of ``module`` cannot be redirected; empty when they can."""
+    try:
+        redirecting_methods(type(module), calls)
+    except NoSourceError as error:
+        return str(error)
+    return INSTANCE_FORWARD if has_instance_forward(module) else ""
+
+
 def _reachable(model: nn.Module, site: Site) -> Site:
     """``site``, with the reason where its calls cannot be redirected."""
     for path, calls in site.calls.items():
         module = model.get_submodule(path)
-        try:
-            redirecting_methods(type(module), calls)
-        except NoSourceError as error:
+        why = why_unreachable(module, calls)
+        if why == INSTANCE_FORWARD:
+            return _blocked(site, why)
+        if why:
             what = f"the {site.facts.operation} call in '{path or ROOT}' ({type(module).__name__})"
-            return _blocked(site, f"{what} cannot be reached: {error}; hand in a counterpart with octavo.register")
-        if has_instance_forward(module):
-            return _blocked(site, INSTANCE_FORWARD)
+            return _blocked(site, f"{what} cannot be reached: {why}; hand in a counterpart with octavo.register")
     return site
 
 

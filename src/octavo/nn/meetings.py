@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from octavo.nn.frames import Place, is_interface, place_of
-from octavo.nn.layers import is_sealed
+from octavo.nn.frames import Place, caller_of, is_interface, place_of
+from octavo.nn.layers import is_sealed, layer_kind
 from octavo.nn.ledger import Activation, Computed, Constant, Ledger, Source, merged, parameters_of, tensors_of
 from octavo.nn.multihead import MULTIHEAD_INPUTS
 from octavo.nn.products import SOFTMAX, Operand, Product, product_of, projection_inside
-from octavo.nn.uses import Call, Event, Uses
+from octavo.nn.uses import ACTIVATIONS, ADDS, OUTSIDE, Call, Event, Uses
 from octavo.numerics.arrays import tensors_in
 
 
@@ -132,9 +132,13 @@ class CallMode(TorchFunctionMode):
         self._frames: dict[CodeType, bool] = {}
         self._interfaces: set[tuple[str, CodeType]] = set()
         self._given: list[tuple[int, ...]] = []
+        self._callers: list[Call | None] = []
 
     def enter(self, path: str, module: nn.Module, given: Any) -> None:
         """``module`` begins to run on ``given``."""
+        kind = layer_kind(module)
+        is_function = kind is not None and kind.operation == "activation" and bool(self.stack)
+        self._callers.append(self._place(caller_of(sys._getframe(1)))[0] if is_function else None)
         self.stack.append((path, module))
         self._given.append(self._numbers_of(given))
         self._num_sealed += self._sealed[id(module)]
@@ -145,22 +149,36 @@ class CallMode(TorchFunctionMode):
             return False
         _, module = self.stack.pop()
         given = self._given.pop()
+        self._callers.pop()
         self._num_sealed -= self._sealed[id(module)]
         if self._sealed[id(module)] and not self._num_sealed:
             self._note(None, given, output, path=path)
         if not self.stack:
-            self.result.graph.note(Event(path, None, self._numbers_of((output,)), ()))
+            self.result.graph.note(Event(OUTSIDE, None, self._numbers_of((output,)), ()))
         return True
 
     def _numbers_of(self, values: Any) -> tuple[int, ...]:
         return tuple(self.number(tensor) for tensor in tensors_in(values))
 
-    def _note(self, func: Any, given: tuple[int, ...], output: Any, *, path: str) -> None:
+    def _note(self, func: Any, given: tuple[int, ...], output: Any, *, path: str, calls: tuple[Call, ...] = ()) -> None:
         """One computation: what is handed through unchanged is none."""
         results = [tensor for tensor in tensors_in(output) if self.number(tensor) not in given]
+        if any(tensor.is_inference() for tensor in tensors_in(output)):
+            self.result.graph.is_blind = True
         if results:
             makes = tuple(self.number(tensor) for tensor in results)
-            self.result.graph.note(Event(path, func, given, makes, results[0].ndim))
+            self.result.graph.note(Event(path, func, given, makes, results[0].ndim, calls))
+
+    def _calls_of(self, frame: FrameType, func: Any, kwargs: dict[str, Any]) -> tuple[Call, ...]:
+        """The expressions that lead to a sum or an activation: its own, and that of the module that is only it."""
+        try:
+            is_wanted = func in ADDS or func in ACTIVATIONS
+        except TypeError:  # not hashable
+            return ()
+        if not is_wanted or kwargs.get("alpha", 1) != 1:
+            return ()
+        outer = self._callers[-1]
+        return (self._place(frame, func)[0], *([outer] if outer is not None else []))
 
     def number(self, tensor: Tensor) -> int:
         """Equal for the same tensor with the same contents."""
@@ -178,8 +196,9 @@ class CallMode(TorchFunctionMode):
         given = self._numbers_of((args, kwargs))  # before it is computed: in place a tensor becomes another one
         output = func(*args, **kwargs)
         if next(tensors_of((output,)), None) is not None:
-            self._note(func, given, output, path=self.stack[-1][0])
-            self._watch(sys._getframe(1), func, args, kwargs, output)
+            frame = sys._getframe(1)
+            self._note(func, given, output, path=self.stack[-1][0], calls=self._calls_of(frame, func, kwargs))
+            self._watch(frame, func, args, kwargs, output)
         return output
 
     def _watch(self, frame: FrameType, func: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -209,7 +228,7 @@ class CallMode(TorchFunctionMode):
                 if not any(id(self._modules[name.rpartition(".")[0]]) in running for name in names):
                     self.result.read_outside.update(names)
 
-    def _place(self, frame: FrameType, func: Any = None) -> tuple[Call, Place]:
+    def _place(self, frame: FrameType | None, func: Any = None) -> tuple[Call, Place]:
         path, owner = self.stack[-1]
         is_method = isinstance(func, MethodDescriptorType) or func is Tensor.__matmul__
         place = place_of(frame, owner, func.__name__.strip("_") if is_method else "")

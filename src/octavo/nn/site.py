@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -29,6 +29,8 @@ class Site:
         input_place: Of a weight that a function computes with: path of the module that holds what is done to its input,
             the child's name there, and the axis of the input's channels from the end; ``None`` where it has no place.
         reads: Number of the tensor that is read here; equal numbers, equal tensors; -1 for unknown.
+        is_layer: The module computes in its counterpart, and ``calls`` are where its output is rounded.
+        through: Path of a norm that is on the way there, and must be folded for it.
     """
 
     facts: SiteFacts
@@ -40,10 +42,17 @@ class Site:
     is_read: bool = False
     reads: int = -1
     input_place: tuple[str, str, int] | None = None
+    is_layer: bool = False
+    through: str = ""
 
     def place(self, slot: Slot) -> tuple[str, str]:
         """Path of the module that holds the quantizer of ``slot``, and its name there."""
         return self.places.get(slot, (self.module, QUANTIZER_NAMES[slot]))
+
+    def without_outlet(self) -> Site:
+        """The site of a layer, with its output rounded where the layer gives it."""
+        places = {slot: place for slot, place in self.places.items() if slot is not Slot.OUTPUT}
+        return replace(self, facts=replace(self.facts, activation=""), calls={}, places=places, through="")
 
 
 def make_facts(

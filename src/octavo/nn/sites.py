@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from octavo.nn.reach import with_reach
 from octavo.nn.recurrent import is_recurrent, recurrent_sites
 from octavo.nn.roles import with_role
 from octavo.nn.site import Site, joined, make_facts
+from octavo.nn.sums import Sums
 from octavo.nn.trace import Trace, trace
 from octavo.nn.views import WeightView
 from octavo.spec.facts import ModelFacts, Slot
@@ -45,7 +46,11 @@ def find_sites(model: nn.Module, source: str, run: Callable[[], Any] | None) -> 
     """
     _check_parameters(model)
     seen = trace(model, run) if run is not None else None
-    sites = list(_collect(model, seen))
+    folds = find_folds(model, seen)
+    sites = list(_collect(model, seen, folds))
+    if seen is not None:
+        sums = Sums(model, seen, folds, sites)
+        sites = _with_sums(sums.with_outlets(sites), sums.sites())
     sites = _share_inputs(_link_ties(model, sites))
     if seen is not None:
         sites = [replace(site, facts=with_reach(site.facts, site.module, seen)) for site in sites]
@@ -85,7 +90,17 @@ def _check_parameters(model: nn.Module) -> None:
         raise UserError(f"{type(model).__name__} has no parameters: there is nothing to quantize")
 
 
-def _collect(model: nn.Module, seen: Trace | None) -> Iterator[Site]:
+def _with_sums(sites: list[Site], sums: list[Site]) -> list[Site]:
+    """Sums behind the last site of the module that computes them, or in front of all others."""
+    last = {site.module: index for index, site in enumerate(sites)}
+    by_index: dict[int, list[Site]] = {}
+    for found in sums:
+        inside = [k for path, k in last.items() if path == found.module or path.startswith(joined(found.module, ""))]
+        by_index.setdefault(max(inside, default=-1), []).append(found)
+    return [*by_index.get(-1, []), *(s for k, site in enumerate(sites) for s in (site, *by_index.get(k, [])))]
+
+
+def _collect(model: nn.Module, seen: Trace | None, folds: Mapping[str, Fold]) -> Iterator[Site]:
     """Sites in the order in which their modules first ran; every parameter in at least one."""
     modules = dict(model.named_modules())
     found = functional_sites(model, seen) if seen is not None else []
@@ -93,7 +108,6 @@ def _collect(model: nn.Module, seen: Trace | None) -> Iterator[Site]:
         rank = {path: k for k, path in enumerate(seen.order)}
         modules = dict(sorted(modules.items(), key=lambda item: rank.get(item[0], len(rank))))
     keys, names = claimed(found), {site.facts.name for site in found}
-    folds = find_folds(model, seen)
     computed = {joined(path, name): path for path, module in modules.items() for name in sources_of(module)}
     for path, module in modules.items():
         runs_itself = seen is not None and is_sealed(module) and path in seen.order

@@ -56,9 +56,11 @@ def insert(model: nn.Module, plan: Plan, sites: Mapping[str, Site], *, is_folded
             f"the plan has quantizers at '{unseen[0]}', and this model shows no such place: give a sample of its "
             "inputs (sample=...), since attention calls are found by a traced forward, or the model of the plan"
         )
+    folds = {d.site.name: d.folded_into for d in plan.decisions if d.folded_into}
+    planned = {d.site.name: _as_planned(d, sites[d.site.name], folds) for d in plan.decisions if d.site.name in sites}
+    sites = {**sites, **planned}
     try:
         shared = _shared_inputs(plan)
-        folds = {d.site.name: d.folded_into for d in plan.decisions if d.folded_into}
         (fold_again if is_folded else fold)(model, folds)
         changes = dict.fromkeys(folds, Change(counterpart=FoldedNorm))
         for decision in plan.decisions:
@@ -76,6 +78,25 @@ def insert(model: nn.Module, plan: Plan, sites: Mapping[str, Site], *, is_folded
     except BaseException:
         take_out(model)
         raise
+
+
+def _as_planned(decision: Decision, site: Site, folds: Mapping[str, str]) -> Site:
+    """``site`` with its output rounded where the plan has it.
+
+    Raises:
+        UserError: that is behind a function that was not seen.
+    """
+    wanted = decision.site.activation
+    if Slot.OUTPUT not in decision.scheme:
+        return site
+    if site.is_layer and (not wanted or (site.through and site.through not in folds)):
+        return site.without_outlet()
+    if wanted and site.facts.activation != wanted:
+        raise UserError(
+            f"the plan rounds the output of '{site.facts.name}' behind {wanted}, and this model shows no such place: "
+            "give a sample of its inputs (sample=...), or the model of the plan"
+        )
+    return site
 
 
 def _shared_inputs(plan: Plan) -> dict[str, SharedInput]:
@@ -134,12 +155,12 @@ def _note_changes(model: nn.Module, changes: dict[str, Change], site: Site, slot
         known = changes.get(path, Change())
         changes[path] = replace(known, **more)
 
-    for path, calls in site.calls.items():
+    for path, calls in site.calls.items() if not site.is_layer or Slot.OUTPUT in slots else ():
         add(path, calls=(*changes.get(path, Change()).calls, *calls))
     if site.is_read and Slot.WEIGHT in slots:
         path, _, name = site.weight.rpartition(".")
         add(path, reads=(*changes.get(path, Change()).reads, (name, site.place(Slot.WEIGHT)[1])))
-    if not site.calls:
+    if not site.calls or site.is_layer:
         owner, module = _computing_module(model, site)
         kind = layer_kind(module)
         if isinstance(module, nn.MultiheadAttention):

@@ -6,7 +6,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
 from octavo.nn.frames import Chain
+
+ADDS = frozenset({torch.add, Tensor.add, Tensor.add_})
+"""Sums; ``+`` and ``+=`` are among them."""
+ACTIVATIONS = frozenset(
+    {F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.relu6, F.hardtanh, torch.clamp, Tensor.clamp}
+)
+"""What becomes a Relu or a Clip in a graph, which engines compute with the layer before it."""
+OUTSIDE = "(outside)"
+"""Who reads what the model returns."""
+SELECTIONS = ACTIVATIONS | {F.max_pool1d, F.max_pool2d, F.max_pool3d}
+"""What gives some of the values that it gets, or a bound."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +47,7 @@ class Event:
         reads: Numbers of the tensors that went in.
         makes: Numbers of those that came out and had not gone in.
         ndim: Axes of the first of them.
-        calls: Expressions that lead to a function, the innermost first, where somebody may want to know.
-        arguments: What else the function was told, likewise.
+        calls: Expressions that lead to a sum or an activation, the innermost first.
     """
 
     owner: str
@@ -42,7 +56,6 @@ class Event:
     makes: tuple[int, ...]
     ndim: int = 0
     calls: tuple[Call, ...] = ()
-    arguments: tuple[Any, ...] = ()
 
     @property
     def is_layer(self) -> bool:
@@ -52,9 +65,15 @@ class Event:
 
 @dataclass(slots=True)
 class Uses:
-    """All events of a forward, in order."""
+    """All events of a forward, in order.
+
+    Args:
+        events: What was noted.
+        is_blind: Tensors do not tell when they were changed in place (inference mode).
+    """
 
     events: list[Event] = field(default_factory=list)
+    is_blind: bool = False
     _makers: dict[int, Event] = field(default_factory=dict)
     _readers: dict[int, list[Event]] = field(default_factory=dict)
 

@@ -7,18 +7,19 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import onnx_ir as ir
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from octavo.backends import simulate
 from octavo.backends.saturation import exact_sums
 from octavo.errors import UserError
-from octavo.onnx.fake_quantize import QUANTIZER, fake_quantize, is_fake_quantize
+from octavo.onnx.fake_quantize import ALSO, QUANTIZER, fake_quantize, is_fake_quantize
 from octavo.onnx.stages import INNER, Stage
 from octavo.onnx.storage import BASE_OPSET
 from octavo.spec.facts import QUANTIZER_NAMES, Slot
@@ -46,17 +47,56 @@ def graph_of(stage: Stage) -> ir.Model:
                 custom_translation_table={simulate.OPERATOR: fake_quantize},
                 verbose=False,
             )
+            alike = _alike(module, stage)
     except torch.onnx.OnnxExporterError as error:
         cause = error.__cause__ or error
         reason = " ".join([line.strip() for line in str(cause).splitlines() if line.strip()][:2])
         raise UserError(f"torch.onnx.export cannot write '{stage.name}': {reason or type(cause).__name__}") from error
     assert program is not None
     model = program.model
-    _tidy(model, stage)
+    _tidy(model, stage, alike)
     return model
 
 
-def _tidy(model: ir.Model, stage: Stage) -> None:
+class _Roundings(TorchDispatchMode):
+    """Names of quantizers by what they round and how."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: dict[Any, list[str]] = {}
+        self.running = ""
+        self._alive: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is simulate.OPERATOR:
+            x, scale, zero_point, key = args
+            self._alive.append(x)  # or its memory may be given to another tensor
+            place = x.data_ptr(), x.shape, x.stride(), -1 if x.is_inference() else x._version
+            values = [None if value is None else value.tolist() for value in (scale, zero_point)]
+            self.names.setdefault((place, str(values), key), []).append(self.running)
+        return func(*args, **(kwargs or {}))
+
+
+def _alike(module: nn.Module, stage: Stage) -> dict[str, tuple[str, ...]]:
+    """Name of a quantizer -> those that round the same tensor alike: the exporter keeps one of them."""
+    watch = _Roundings()
+
+    def enter(quantizer: Any, inputs: Any) -> None:
+        watch.running = str(quantizer.name)
+
+    endings = tuple(QUANTIZER_NAMES.values())
+    hooks = [m.register_forward_pre_hook(enter) for path, m in module.named_modules() if path.endswith(endings)]
+    try:
+        with watch:
+            module(*stage.inputs.values())
+    finally:
+        for hook in hooks:
+            hook.remove()
+    groups = [tuple(dict.fromkeys(names)) for names in watch.names.values()]
+    return {name: names for names in groups if len(names) > 1 for name in names}
+
+
+def _tidy(model: ir.Model, stage: Stage, alike: Mapping[str, Sequence[str]]) -> None:
     """Names as the torch model has them, axes as the stage calls them, and no trace of where it was traced."""
     graph = model.graph
     for value in list(graph.initializers.values()):
@@ -64,14 +104,16 @@ def _tidy(model: ir.Model, stage: Stage) -> None:
             value.name = value.name.removeprefix(f"{INNER}.")
     for node in graph:
         if is_fake_quantize(node):
-            node.metadata_props[QUANTIZER] = _quantizer_name(node, stage.module)
+            name = _quantizer_name(node, stage.module)
+            node.metadata_props[QUANTIZER] = name
+            if others := [other for other in alike.get(name, ()) if other != name]:
+                node.metadata_props[ALSO] = "\n".join(others)
     _name_axes(graph, stage)
     _name_nodes(graph)
     for node in graph.all_nodes():
-        kept = node.metadata_props.get(QUANTIZER)
+        kept = {key: node.metadata_props[key] for key in (QUANTIZER, ALSO) if key in node.metadata_props}
         node.metadata_props.clear()
-        if kept:
-            node.metadata_props[QUANTIZER] = kept
+        node.metadata_props.update(kept)
 
 
 def _name_nodes(graph: ir.Graph) -> None:

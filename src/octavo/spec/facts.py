@@ -68,6 +68,7 @@ class SiteFacts:
         obstacle: Why nothing here can be quantized (a subclass with its own forward, ...), empty for none.
         role: Router of experts, or adapter beside a frozen layer; ``None`` for an ordinary site.
         unreached: The part of the model that did not run on the sample and holds this site; empty when it ran.
+        activation: Where the function is called behind which the output is rounded, empty for the output itself.
         folds_into: Of a batch norm the site of the layer that it can be folded into, empty for none.
         stays: Of a batch norm why it cannot be folded.
         adds: Of an ``add`` the sites whose outputs it sums: on its left a convolution, on its right what skipped that.
@@ -90,6 +91,7 @@ class SiteFacts:
     unreached: str = ""
     role: Role | None = None
     adds: tuple[str, ...] = ()
+    activation: str = ""
     folds_into: str = ""
     stays: str = ""
 

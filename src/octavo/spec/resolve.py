@@ -30,7 +30,7 @@ from octavo.spec.double_quantization import with_doubled_scales
 from octavo.spec.element import IntFormat
 from octavo.spec.experts import format_for
 from octavo.spec.facts import QUANTIZER_NAMES, ModelFacts, Role, SiteFacts, Slot
-from octavo.spec.plan import Decision, Plan, QuantizerSpec
+from octavo.spec.plan import Decision, Plan, QuantizerSpec, Scheme
 from octavo.spec.recipe import Recipe
 from octavo.spec.rule import Leave, Rule
 from octavo.spec.select import Pattern, parse_pattern
@@ -214,15 +214,23 @@ def with_folds(decisions: Sequence[Decision]) -> tuple[Decision, ...]:
 
 def with_sums(decisions: Sequence[Decision], target: Target) -> tuple[Decision, ...]:
     """Decisions in which residual sums that no rule speaks of get what the target wants of them."""
-    known: dict[str, Decision] = {}
-    for decision in decisions:
-        site = decision.site
-        if site.adds and not decision.scheme and not decision.rule:
-            scheme = target.residual(site, [known[name].scheme if name in known else {} for name in site.adds])
-            if scheme:
-                decision = Decision(site, scheme, f"target {target.name}")
-        known[site.name] = decision
-    return tuple(known.values())
+    apart = {d.site.folds_into for d in decisions if d.site.folds_into and not d.folded_into}  # a norm is between
+    known = {d.site.name: d for d in decisions if not d.site.adds}
+    waiting = [d for d in decisions if d.site.adds]
+    while waiting:
+        names = {decision.site.name for decision in waiting}
+        ready = [decision for decision in waiting if not names.intersection(decision.site.adds)] or waiting
+        for decision in ready:
+            given = [known[name].scheme if name in known and name not in apart else {} for name in decision.site.adds]
+            known[decision.site.name] = _with_sum(decision, given, target)
+        waiting = [decision for decision in waiting if decision.site.name not in known]
+    return tuple(known[decision.site.name] for decision in decisions)
+
+
+def _with_sum(decision: Decision, given: Sequence[Scheme], target: Target) -> Decision:
+    site = decision.site
+    scheme = {} if decision.scheme or decision.rule or site.obstacle else target.residual(site, given)
+    return Decision(site, scheme, f"target {target.name}") if scheme else decision
 
 
 def _apply(bound: _BoundRule, site: SiteFacts, draft: _Draft) -> None:
