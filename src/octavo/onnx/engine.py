@@ -82,8 +82,10 @@ class Engine:
 
     Args:
         num_bytes: Of the engine; 0 where there is none.
-        weight_bytes: Of the constants in it. TensorRT for RTX keeps the source of its kernels in an engine, too: up to
-            half a megabyte for each quantized block of a transformer, more than for one in fp16.
+        weight_bytes: Of the constants in it, as TensorRT counts them ("Total Weights Memory"). TensorRT for RTX keeps
+            the source of its kernels in an engine, too: up to half a megabyte for each quantized block of a
+            transformer, more than for one in fp16. It strips weights (``STRIP_PLAN``) only where there is a GPU.
+        file_bytes: Of the constants in the graph's file.
         problem: Why there is none, in TensorRT's words.
         needs: What the graph has that the architecture lacks; such an engine is not expected.
         wide_weights: Quantized weights that the engine holds in a float type.
@@ -93,6 +95,7 @@ class Engine:
 
     num_bytes: int = 0
     weight_bytes: int = 0
+    file_bytes: int = 0
     problem: str = ""
     needs: str = ""
     wide_weights: tuple[str, ...] = ()
@@ -133,6 +136,7 @@ def judge(graph: ir.Graph, num_bytes: int, log: Sequence[str]) -> Engine:
     return Engine(
         num_bytes,
         int(said[1]) if said else 0,
+        sum(value.const_value.nbytes for value in graph.initializers.values() if value.const_value is not None),
         wide_weights=tuple(_wide_weights(graph, layers)),
         float_products=tuple(_float_products(graph, layers)),
         unfused_attention=tuple(_unfused_attention(graph, layers)),

@@ -42,26 +42,33 @@ def build_engines(
     Returns:
         Architecture -> its engine, or why there is none.
     """
-    import tensorrt_rtx as trt
-
     graph = ir.load(path).graph
     smallest = {name: (1, *shape[1:]) if one_length else (1,) * len(shape) for name, shape in shapes.items()}
     profile = {name: (smallest[name], shape) for name, shape in shapes.items()}
-    return {name: _engine(trt, path, graph, profile, ARCHITECTURES[name]) for name in architectures}
+    return {name: _engine(path, graph, profile, ARCHITECTURES[name]) for name in architectures}
 
 
-def _engine(trt: Any, path: Path, graph: ir.Graph, sizes: Sizes, capability: str) -> Engine:
+def _engine(path: Path, graph: ir.Graph, sizes: Sizes, capability: str) -> Engine:
     if capability in _WITHOUT_FP4 and any(v.dtype is ir.DataType.FLOAT4E2M1 for v in graph.initializers.values()):
         return Engine(needs="FP4 needs Blackwell")
     messages: list[str] = []
-    size = _build(trt, path, sizes, capability, messages)
-    if not size:
+    engine = serialized(path, sizes, capability, messages)
+    if engine is None:
         return Engine(problem=(messages or ["no engine, and no message"])[-1].splitlines()[0])
-    return judge(graph, size, messages)
+    return judge(graph, engine.nbytes, messages)
 
 
-def _build(trt: Any, path: Path, sizes: Sizes, capability: str, messages: list[str]) -> int:
-    """Bytes of an engine; 0 without one, and ``messages`` then ends with why."""
+def serialized(path: Path, sizes: Sizes, capability: str, messages: list[str]) -> memoryview | None:
+    """An engine as TensorRT writes it; ``None`` without one, and ``messages`` then ends with why.
+
+    Args:
+        path: An ``.onnx`` file.
+        sizes: Of every input.
+        capability: A value of ``ARCHITECTURES``.
+        messages: What the builder says is put here.
+    """
+    import tensorrt_rtx as trt
+
     errors: list[str] = []
 
     class Listener(trt.ILogger):  # type: ignore[misc, name-defined]
@@ -77,7 +84,7 @@ def _build(trt: Any, path: Path, sizes: Sizes, capability: str, messages: list[s
     parser = trt.OnnxParser(network, listener)
     if not parser.parse_from_file(str(path)):
         messages.append(str(parser.get_error(0)))
-        return 0
+        return None
     config = builder.create_builder_config()
     config.num_compute_capabilities = 1
     config.set_compute_capability(trt.ComputeCapability.__members__[capability], 0)
@@ -85,7 +92,7 @@ def _build(trt: Any, path: Path, sizes: Sizes, capability: str, messages: list[s
     config.add_optimization_profile(_profile(builder, network, sizes))
     engine = builder.build_serialized_network(network, config)
     messages += errors if engine is None else []
-    return 0 if engine is None else int(engine.nbytes)
+    return None if engine is None else memoryview(engine)
 
 
 def _profile(builder: Any, network: Any, sizes: Sizes) -> Any:

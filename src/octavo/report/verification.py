@@ -79,7 +79,11 @@ def _engine_text(engine: Mapping[str, Any]) -> str:
     """Size of an engine, and what TensorRT did not do in low precision; or why there is none."""
     if not engine["num_bytes"]:
         return engine["needs"] or engine["problem"]
-    text = bytes_text(engine["num_bytes"])
+    rest = engine["num_bytes"] - engine["weight_bytes"]
+    text = (
+        f"{bytes_text(engine['num_bytes'])}, of which weights {bytes_text(engine['weight_bytes'])} "
+        f"({bytes_text(engine['file_bytes'])} in the file) and kernels {bytes_text(rest)}"
+    )
     for key, (words, what) in _ENGINE_REMARKS.items():
         if engine[key]:
             text += f", {count_text(len(engine[key]), *words)} {what}: {_first(engine[key])}"
