@@ -3,9 +3,9 @@
     python -m benchmarks.onnx.engines [--cases clip-vision clip-text] [--recipes fp8 fp8-attention] [--json]
 
 Models have real shapes and random weights. The fp16 engine is that of the unquantized model in fp16, the quantized one
-has fp16 for all that is not quantized. "account" is what the plan says that quantizing saves. It is held against what the
-weights in the second engine have less than those in the first, by TensorRT's count ("off"). The whole engines stand beside
-it: those of TensorRT for RTX hold the source of kernels, too, of which quantized ones have more.
+has fp16 for all that is not quantized. "account" is what the plan says that quantizing saves. It is held against what
+the weights in the second engine have less than those in the first, by TensorRT's count ("off"). The whole engines stand
+beside it: those of TensorRT for RTX hold the source of kernels, too, of which quantized ones have more.
 """
 
 from __future__ import annotations

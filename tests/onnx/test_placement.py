@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import onnx_ir as ir
@@ -276,6 +277,20 @@ def check_block_scales(write: Write, target: str) -> None:
     assert ir.DataType.FLOAT8E8M0 not in kinds
 
 
+def check_blocks(write: Write, target: str) -> None:
+    model, x = (
+        torch.nn.Sequential(torch.nn.Linear(64, 32)).eval(),
+        torch.randn(4, 64),
+    )  # graphs are not simulated in FP4
+    with TemporaryDirectory() as place:
+        run = pipeline.quantize(model, "nvfp4", [x], target=target)
+        path = pipeline.export(run, Path(place, "out"), layout="onnx", sample=x) / "model.onnx"
+        (node,) = nodes_of(path, "TRT_FP4DynamicQuantize")
+    assert (node.domain, node.attributes["block_size"].as_int()) == ("trt", 16)
+    assert {value.dtype for value in node.outputs} == {ir.DataType.FLOAT4E2M1, ir.DataType.FLOAT8E4M3FN}
+    assert array(node.inputs[1]).shape == ()
+
+
 def check_openvino(write: Write, target: str) -> None:
     openvino = pytest.importorskip("openvino")
     check_u8s8(write, target)
@@ -304,6 +319,7 @@ CHECKS: dict[str, Callable[[Write, str], None]] = {
     "no Q/DQ on outputs": check_no_outputs,
     "operands of a product": check_one_kind,
     "E8M0 scales": check_block_scales,
+    "inputs in NVFP4": check_blocks,
     "activations UINT8, weights INT8": check_openvino,
 }
 RULES = [(target.name, rule.text) for target in TARGETS.values() for rule in target.rules]

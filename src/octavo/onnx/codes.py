@@ -18,6 +18,7 @@ from octavo.numerics.arrays import array_of, tensor_of
 from octavo.numerics.qtensor import quantize
 from octavo.numerics.snapshot import ActivationScale, LayerSnapshot
 from octavo.onnx.fake_quantize import QUANTIZER
+from octavo.onnx.fp4_blocks import is_fp4_blocks
 from octavo.onnx.queries import FACTOR
 from octavo.onnx.runners import open_runner
 from octavo.onnx.stages import Stage
@@ -75,7 +76,9 @@ class _Quantize:
         assert scale.dtype is not None
         factor = float(node.metadata_props.get(FACTOR, 1.0))
         alone = ReferenceEvaluator(_alone(node)) if scale.dtype in _NARROW else None
-        return cls(str(x.name), str(node.outputs[0].name), _NARROW.get(scale.dtype, torch.float32), factor, alone)
+        kind = x.dtype if is_fp4_blocks(node) else scale.dtype
+        dtype = torch.float32 if kind is None else _NARROW.get(kind, torch.float32)
+        return cls(str(x.name), str(node.outputs[0].name), dtype, factor, alone)
 
     def codes_in(self, found: Mapping[str, Array]) -> Array:
         """Its codes among the values of a run."""
@@ -150,6 +153,10 @@ def _off(x: Array, codes: Array, node: _Quantize, activation: ActivationScale) -
     QuantizeLinear divides in the type of its scale (https://onnx.ai/onnx/operators/onnx__QuantizeLinear.html).
     """
     assert activation.scale is not None
+    if activation.format.is_nested:
+        blocks = quantize(tensor_of(x).to(node.dtype).float(), activation.format, outer_scale=activation.scale.cpu())
+        distance = np.abs(_order(array_of(blocks.codes), 4) - _order(codes.view(np.uint8), 4))
+        return distance.size, int((distance > 0).sum()), int(distance.max(initial=0))
     scale = (activation.scale.cpu() * node.factor).to(node.dtype)
     values = (tensor_of(x).to(node.dtype) / scale).float()
     zero_point = None if activation.zero_point is None else activation.zero_point.cpu()
@@ -158,11 +165,12 @@ def _off(x: Array, codes: Array, node: _Quantize, activation: ActivationScale) -
         shift = 128 if codes.dtype == np.uint8 and ours.dtype == np.int8 else 0
         distance = np.abs(ours.astype(np.int32) - (codes.astype(np.int32) - shift))
     else:
-        distance = np.abs(_order(ours) - _order(codes.view(np.uint8)))
+        bits = activation.format.element.bits
+        distance = np.abs(_order(ours, bits) - _order(codes.view(np.uint8), bits))
     return distance.size, int((distance > 0).sum()), int(distance.max(initial=0))
 
 
-def _order(bits: Array) -> Array:
-    """Sign-magnitude bit patterns as integers in the order of their values."""
-    wide = bits.astype(np.int32)
-    return np.where(wide & 0x80, -(wide & 0x7F), wide & 0x7F)
+def _order(patterns: Array, bits: int) -> Array:
+    """Sign-magnitude patterns of so many bits as integers in the order of their values."""
+    sign, wide = 1 << (bits - 1), patterns.astype(np.int32)
+    return np.where(wide & sign, -(wide & (sign - 1)), wide & (sign - 1))

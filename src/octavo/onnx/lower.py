@@ -3,6 +3,7 @@
 A weight becomes a stored low-precision initializer with only its DequantizeLinear left, in the layout that its
 reader wants: what moves the weight's axes on the way (a linear layer's transpose) is applied to the codes. A static
 activation becomes QuantizeLinear and DequantizeLinear, a dynamic one the arithmetic that finds its scale and rounds.
+What has no standard operator is one of its target's, and its meaning a function of the model (``fp4_blocks.py``).
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from octavo.onnx.fake_quantize import (
     quantizer_of,
     reshaped,
 )
+from octavo.onnx.fp4_blocks import add_fp4_function, fp4_nodes, is_fp4_blocks
 from octavo.onnx.queries import FACTOR
 from octavo.onnx.storage import BASE_OPSET, code_type, is_float
 from octavo.spec.element import BF16, FP16, FP32, IntFormat
@@ -99,6 +101,8 @@ def lower(model: ir.Model, style: Style, *, opset: int, stored: Mapping[str, QTe
         integer_biases(graph, writer.initializer)
     model.opset_imports[""] = max(opset, model.opset_imports.get("", BASE_OPSET))
     model.opset_imports.pop(DOMAIN, None)
+    if any(map(is_fp4_blocks, graph)):
+        add_fp4_function(model)
     common.RemoveUnusedNodesPass()(model)
     graph.sort()
 
@@ -141,6 +145,10 @@ class _Writer:
             replacement = dynamic_nodes(
                 self._build(node), node.inputs[0], fmt, is_unsigned=self.style.unsigned_activations
             )
+        elif fmt.is_nested:
+            notes = {QUANTIZER: quantizer_of(node)} | {k: v for k, v in node.metadata_props.items() if k == ALSO}
+            assert node.inputs[0] is not None
+            replacement = fp4_nodes(self._build(node), node.inputs[0], float(scale), notes)
         else:
             zero_point = operand(node, 2)
             replacement = self._static(node, fmt, float(scale), 0 if zero_point is None else int(zero_point))
@@ -154,8 +162,8 @@ class _Writer:
 
         def op(op_type: str, *inputs: Any, **attributes: Any) -> ir.Value:
             name = f"{prefix}.{op_type}_{next(counter)}"
-            num_outputs = attributes.pop("num_outputs", 1)
-            made = ir.node(op_type, list(inputs), attributes, name=name, num_outputs=num_outputs)
+            num_outputs, domain = attributes.pop("num_outputs", 1), attributes.pop("domain", "")
+            made = ir.node(op_type, list(inputs), attributes, domain=domain, name=name, num_outputs=num_outputs)
             for index, output in enumerate(made.outputs):
                 output.name = f"{name}_output{index}"
             self.graph.insert_before(node, made)

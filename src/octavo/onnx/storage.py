@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 from octavo.spec.element import E2M1, E4M3, E5M2, E8M0, ElementFormat, FloatFormat, IntFormat
 from octavo.spec.facts import QUANTIZER_NAMES, Slot
+from octavo.spec.formats import NVFP4
 from octavo.spec.plan import Decision, Plan, QuantizerSpec
+from octavo.spec.targets import target_named
 from octavo.spec.tensor_format import (
     PLAIN_FP32,
     PerChannel,
@@ -23,6 +25,8 @@ from octavo.spec.tensor_format import (
 )
 
 BASE_OPSET = 21
+FP4_GROUP = 16
+"""Neighbours that share a scale in TensorRT's operator for activations: those of NVFP4."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +64,14 @@ def opset_of(plan: Plan) -> int:
 
 
 def problems_of(plan: Plan) -> list[str]:
-    """Why standard operators cannot say what is planned: layer, reason, way out."""
+    """Why the operators of the plan's target cannot say what is planned: layer, reason, way out."""
+    target = target_named(plan.target)
     found = []
     for decision in plan.decisions:
         for slot, spec in decision.scheme.items():
             why = weight_problem(spec.format) if slot is Slot.WEIGHT else _activation_problem(spec)
+            if target.fp4_blocks and slot is not Slot.WEIGHT and spec.format == NVFP4:
+                why = _blocks_problem(decision, slot, spec)
             if slot is Slot.WEIGHT and len(decision.site.weight_shape) > 2:
                 why = "a stack of weights would need scales along two axes, which DequantizeLinear has not"
             if why:
@@ -115,6 +122,8 @@ def _scale_problem(scale: TensorFormat | None) -> str:
 
 def _activation_problem(spec: QuantizerSpec) -> str:
     fmt = spec.format
+    if fmt == NVFP4 and not spec.is_dynamic:
+        return "blocks have no standard operator, but TensorRT has one: --target tensorrt"
     if not isinstance(fmt.element, IntFormat) and fmt.element not in (E4M3, E5M2, E2M1):
         return f"ONNX has no type for codes of {fmt.element.name}"
     if not spec.is_dynamic and not isinstance(fmt.granularity, PerTensor):
@@ -124,6 +133,20 @@ def _activation_problem(spec: QuantizerSpec) -> str:
     if not isinstance(fmt.granularity, PerTensor | PerToken):
         return f"scales {fmt.granularity} that are found per call have no standard operator"
     return ""
+
+
+def _blocks_problem(decision: Decision, slot: Slot, spec: QuantizerSpec) -> str:
+    """Why an operator for NVFP4 activations cannot do it; empty when it can."""
+    if spec.is_dynamic:
+        return "the scale of the scales has to be fixed by calibration"
+    if slot is not Slot.INPUT or decision.site.operation != "linear":
+        return "only inputs of linear layers can be in blocks"
+    width = decision.site.weight_shape[-1] if decision.site.weight_shape else 0
+    if width % FP4_GROUP:
+        return f"blocks of {FP4_GROUP} do not divide {width} channels"
+    weight = decision.scheme.get(Slot.WEIGHT)
+    is_alike = weight is not None and (weight.format.element, weight.format.granularity) == (E2M1, NVFP4.granularity)
+    return "" if is_alike else "weights that meet it have to be in NVFP4, too"
 
 
 def opset_of_format(fmt: TensorFormat) -> int:

@@ -49,7 +49,8 @@ def build_engines(
 
 
 def _engine(path: Path, graph: ir.Graph, sizes: Sizes, capability: str) -> Engine:
-    if capability in _WITHOUT_FP4 and any(v.dtype is ir.DataType.FLOAT4E2M1 for v in graph.initializers.values()):
+    kinds = {value.dtype for value in graph.initializers.values()} | {v.dtype for node in graph for v in node.outputs}
+    if capability in _WITHOUT_FP4 and ir.DataType.FLOAT4E2M1 in kinds:
         return Engine(needs="FP4 needs Blackwell")
     messages: list[str] = []
     engine = serialized(path, sizes, capability, messages)

@@ -12,6 +12,9 @@ import numpy as np
 
 from octavo.errors import MissingExtra, UserError
 
+_FP4_BLOCKS = "TRT_FP4DynamicQuantize"
+"""TensorRT's operator for activations in NVFP4."""
+
 
 @dataclass(frozen=True, slots=True)
 class GraphEntry:
@@ -93,7 +96,7 @@ def _entries(graph: Any, stored: Mapping[str, Any], prefix: str) -> Iterator[Gra
         if node.op_type == "DequantizeLinear" and node.input[0] in stored and node.input[0] not in used:
             used.update(name for name in node.input if name in stored)
             yield _entry(node, stored, prefix, "weight", stored[node.input[0]])
-        elif node.op_type == "QuantizeLinear":
+        elif node.op_type in ("QuantizeLinear", _FP4_BLOCKS):
             used.update(name for name in node.input[1:] if name in stored)
             yield _entry(node, stored, prefix, "activation", None)
     for name, tensor in stored.items():
@@ -108,11 +111,12 @@ def _entry(node: Any, stored: Mapping[str, Any], prefix: str, kind: str, codes: 
     parts = [stored[name] for name in node.input if name in stored]
     scale = stored.get(node.input[1])
     typed = codes if codes is not None else stored.get(node.input[2] if len(node.input) > 2 else "")
-    dtype = _dtype(typed) if typed is not None else ""
+    dtype = "FLOAT4E2M1" if node.op_type == _FP4_BLOCKS else _dtype(typed) if typed is not None else ""
     scales = {} if scale is None else {scale.name: np.asarray(onnx.numpy_helper.to_array(scale)).astype(np.float32)}
     shape = tuple(codes.dims) if codes is not None else ()
     values = math.prod(shape) if codes is not None else 0
-    name = f"{prefix}{(node.name or node.output[0]).removesuffix('.quantize').removesuffix('_dequantize')}"
+    own = (node.name or node.output[0]).removesuffix(".quantize").removesuffix("_dequantize")
+    name = f"{prefix}{own.partition(f'.{_FP4_BLOCKS}')[0]}"
     size = sum(map(_bytes, parts))
     return GraphEntry(name, kind, f"{dtype.lower()} {_granularity(node, scale)}", dtype, shape, values, size, scales)
 

@@ -22,6 +22,7 @@ _TENSORRT_TYPES = "https://docs.nvidia.com/deeplearning/tensorrt/latest/inferenc
 _TENSORRT_ATTENTION = (
     "https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/transformers-fused-attention.html"
 )
+_TENSORRT_BLOCKS = "https://docs.nvidia.com/deeplearning/tensorrt/latest/_static/operators/DynamicQuantize.html"
 _OPENVINO_LPT = "https://docs.openvino.ai/2026/openvino-workflow/model-optimization.html"
 
 
@@ -70,6 +71,7 @@ class Target:
         symmetric_weights: Integer weights cannot have zero points.
         one_kind: A product takes integers with integers and small floats with small floats.
         plain_block_scales: Scales that are powers of two are stored as numbers of the float type.
+        fp4_blocks: Inputs in NVFP4 are written by an operator of the target's own, because there is no standard one.
         sums_apart: Residual sums in front of norms are written so that the two are not fused.
         rules: Why.
     """
@@ -90,6 +92,7 @@ class Target:
     symmetric_weights: bool = False
     one_kind: bool = False
     plain_block_scales: bool = False
+    fp4_blocks: bool = False
     sums_apart: bool = False
     rules: tuple[PlacementRule, ...] = field(default=())
 
@@ -279,6 +282,7 @@ TARGETS: dict[str, Target] = {
             symmetric_weights=True,
             one_kind=True,
             plain_block_scales=True,
+            fp4_blocks=True,
             sums=Sums.SKIP,
             rules=(
                 PlacementRule("what skips a convolution is quantized before it is added", _TENSORRT_TYPES),
@@ -289,6 +293,7 @@ TARGETS: dict[str, Target] = {
                 PlacementRule("no Q/DQ on outputs; the graph's types are obeyed", _TENSORRT_TYPES),
                 PlacementRule("operands of a product are of one kind: its builder refuses FP8 x INT4", _TENSORRT_TYPES),
                 PlacementRule("E8M0 scales as numbers of the float type: its parser knows no E8M0", _TENSORRT_TYPES),
+                PlacementRule("inputs in NVFP4 by TRT_FP4DynamicQuantize, scales of blocks in E4M3", _TENSORRT_BLOCKS),
             ),
         ),
         Target(
