@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +31,19 @@ def weights(dtype: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
     return {name: (torch.randn(s, generator=generator) * s[1] ** -0.5).to(dtype) for name, s in shapes.items()}
 
 
+class Ear(Protocol):
+    def update(self, rows: Tensor, full: Tensor | None = None) -> None: ...
+
+
+class Heard:
+    """Keeps what a layer reads."""
+
+    rows: Tensor
+
+    def update(self, rows: Tensor, full: Tensor | None = None) -> None:
+        self.rows = rows
+
+
 class TensorBlock:
     name = "block"
 
@@ -48,6 +61,7 @@ class TensorBlock:
         self.branches: dict[str, tuple[Tensor, Tensor]] = {}
         self.gathered: dict[str, InputStatistics] = {}
         self.kept: list[Sequence[Tensor]] = []
+        self.needs: frozenset[Need] = frozenset()
 
     # What algorithms see
 
@@ -154,6 +168,9 @@ class TensorBlock:
     def inputs(self) -> Iterable[Any]:
         return range(len(self.batches))
 
+    def tokens(self, inputs: Any) -> Tensor | None:
+        return None
+
     def targets(self) -> Iterable[Sequence[Tensor]]:
         return list(self.kept)
 
@@ -163,26 +180,37 @@ class TensorBlock:
     # What walks do
 
     def gather(self, needs: frozenset[Need]) -> None:
+        self.needs = needs
         ears = {name: Gatherer(needs) for name in self.weights}
         for batch in self.batches:
             output = self._forward(batch, {}, ears)
             self.kept += [(output.detach(),)] if Need.OUTPUTS in needs else []
         self.gathered = {name: ear.statistics() for name, ear in ears.items()}
 
+    def gather_again(self, layers: Sequence[str]) -> None:
+        again = {name: Gatherer(self.needs & {Need.GRAM, Need.CROSS}) for name in layers}
+        for batch in self.batches:
+            full, live = ({name: Heard() for name in layers} for _ in range(2))
+            self._forward(batch, self.unrounded if Need.UNROUNDED in self.needs else {}, full)
+            self._forward(batch, {}, live)
+            for name, gatherer in again.items():
+                gatherer.update(live[name].rows, full[name].rows)
+        self.gathered |= {name: gatherer.statistics() for name, gatherer in again.items()}
+
     @property
     def _dtype(self) -> torch.dtype:
         return next(iter(self.weights.values())).dtype
 
-    def _forward(self, x: Tensor, given: Mapping[str, Tensor], ears: Mapping[str, Gatherer]) -> Tensor:
+    def _forward(self, x: Tensor, given: Mapping[str, Tensor], ears: Mapping[str, Ear]) -> Tensor:
         hidden = self._layer("first", x, given, ears).relu()
         gated = self._layer("left", hidden, given, ears) * self._layer("right", hidden, given, ears).sigmoid()
         return self._layer("last", gated, given, ears)
 
-    def _layer(self, name: str, x: Tensor, given: Mapping[str, Tensor], ears: Mapping[str, Gatherer]) -> Tensor:
-        if name in ears:
-            ears[name].update(x, x)
+    def _layer(self, name: str, x: Tensor, given: Mapping[str, Tensor], ears: Mapping[str, Ear]) -> Tensor:
         x = x / self.scales[name] if name in self.scales else x
         x = rotate(x, self.turns[name]) if name in self.turns else x
+        if name in ears:
+            ears[name].update(x, x)
         output = x @ given.get(name, self.weights[name]).float().T
         if name in self.branches:
             a, b = self.branches[name]

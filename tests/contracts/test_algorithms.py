@@ -1,5 +1,7 @@
 """The battery that every algorithm passes. A new entry of ``ALGORITHMS`` is picked up by itself."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -164,16 +166,23 @@ def test_steps_compose():
     assert block.error(reference) < 0.3 * rounded(reference.copy()).error(reference)
 
 
+def error_of(name: str, options: dict[str, Any] | None = None, *, fmt: str = "int3-group32") -> float:
+    """That a step leaves of a block's outputs."""
+    reference, block = block_of("random", fmt, None), block_of("random", fmt, None)
+    ((_, algorithm),) = make_algorithms([make_step(name, options)])
+    block.gather(frozenset(algorithm.needs))
+    algorithm.apply(block, block.layers())
+    return block.error(reference)
+
+
 def test_learned_rounding_betters_what_it_starts_from():
-    reference = block_of("random", "int3-group32", None)
-    errors = []
-    for name, options in (("gptq", None), ("learned_rounding", {"steps": 200})):
-        block = block_of("random", "int3-group32", None)
-        ((_, algorithm),) = make_algorithms([make_step(name, options)])
-        block.gather(frozenset(algorithm.needs))
-        algorithm.apply(block, block.layers())
-        errors.append(block.error(reference))
-    assert errors[1] < 0.95 * errors[0]
+    assert error_of("learned_rounding", {"steps": 200}) < 0.95 * error_of("gptq")
+
+
+@pytest.mark.parametrize("fmt", ["int3-group32", "int4-group32", "nvfp4"])
+def test_layers_make_up_for_those_before_them_in_the_block(fmt):
+    alone = error_of("gptq", fmt=fmt)
+    assert error_of("gptq", {"asymmetric": True, "sequential": True}, fmt=fmt) < 0.95 * alone
 
 
 def test_a_layer_without_data_is_left_with_the_reason():

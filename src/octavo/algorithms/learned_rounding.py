@@ -18,7 +18,7 @@ from octavo.numerics.door import Block
 from octavo.numerics.error_feedback import Feedback, round_with_feedback
 from octavo.numerics.layer_scales import searched, why_not_searched
 from octavo.numerics.qtensor import QTensor
-from octavo.numerics.statistics import Need
+from octavo.numerics.statistics import Need, kept_rows
 from octavo.numerics.weight_grid import WeightGrid
 from octavo.spec.element import ElementFormat
 from octavo.spec.steps import LearnedRounding
@@ -60,7 +60,8 @@ class LearnedRoundingAlgorithm:
             total = 0.0
             positions = {layer: weight.position.detach().clone() for layer, weight in movable.items()}
             for inputs, targets in zip(block.inputs(), block.targets(), strict=False):
-                loss = _loss(block.run(inputs, {layer: w.rounded() for layer, w in movable.items()}), targets)
+                found = block.run(inputs, {layer: weight.rounded() for layer, weight in movable.items()})
+                loss = _loss(found, targets, block.tokens(inputs))
                 loss.backward()  # type: ignore[no-untyped-call]
                 total += float(loss.detach())
                 for weight in movable.values():
@@ -75,9 +76,15 @@ class LearnedRoundingAlgorithm:
                     weight.best = positions[layer]
 
 
-def _loss(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
-    parts = [(a.float() - b.float()).square().mean() for a, b in zip(found, wanted, strict=True) if a.numel()]
-    return torch.stack(parts).sum()
+def _loss(found: Sequence[Tensor], wanted: Sequence[Tensor], tokens: Tensor | None) -> Tensor:
+    """Mean squared error of every output, summed; what a block makes of padding does not count."""
+    parts = [_text(a, tokens).float() - _text(b, tokens).float() for a, b in zip(found, wanted, strict=True)]
+    return torch.stack([part.square().mean() for part in parts if part.numel()]).sum()
+
+
+def _text(output: Tensor, tokens: Tensor | None) -> Tensor:
+    kept = kept_rows(tokens, output.shape, output.shape[:2].numel())
+    return output if kept is None else output.flatten(0, 1)[kept.to(output.device)]
 
 
 @dataclass(slots=True)

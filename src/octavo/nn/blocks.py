@@ -452,6 +452,10 @@ class TorchBlock:
         """See ``Block.inputs``; here they are numbers of batches."""
         return range(self.feed.num_batches)
 
+    def tokens(self, inputs: int) -> Tensor | None:
+        """See ``Block.tokens``."""
+        return self.feed.tokens(inputs)
+
     def targets(self) -> Iterator[Sequence[Tensor]]:
         """See ``Block.targets``."""
         for kept in self._targets:
@@ -459,17 +463,23 @@ class TorchBlock:
 
     def run(self, inputs: int, weights: Mapping[str, Tensor] | None = None) -> Sequence[Tensor]:
         """See ``Block.run``."""
+        with self._computing_with(weights or {}):
+            return floating(self.feed.run(inputs).leaves)
+
+    @contextmanager
+    def _computing_with(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """While open, forwards use these weights."""
         given = {name: layer.matrix for name, layer in self._parts.items()} if weights else {}
-        sites = {site_of(name) for name in weights or {}}
+        sites = {site_of(name) for name in weights}
         for site in sites:
             layer, stack = self._layers[site], self._stacks.get(site)
             names = [site] if stack is None else [matrix.name for matrix in stack.matrices]
-            parts = [(weights or {}).get(name, given[name]) for name in names]
+            parts = [weights.get(name, given[name]) for name in names]
             layer.quantizer.override = layer.quantizer.view.to_parameter(
                 parts[0] if stack is None else torch.stack([part.to(layer.parameter.dtype) for part in parts])
             )
         try:
-            return floating(self.feed.run(inputs).leaves)
+            yield
         finally:
             for site in sites:
                 self._layers[site].quantizer.override = None
@@ -523,6 +533,23 @@ class TorchBlock:
         self._leader, self._channels = ears.leader, ears.channels
         self._statistics = {name: gatherer.statistics() for name, gatherer in ears.gatherers.items()}
         self._means = {name: total / count for name, (total, count) in ears.sums.items()}
+
+    @torch.no_grad()
+    def gather_again(self, layers: Sequence[str]) -> None:
+        """See ``Block.gather_again``."""
+        pairs, sites = Need.CROSS in self._needs and self._keeps_full, {site_of(name) for name in layers}
+        chosen = {name: layer for name, layer in self._layers.items() if name in sites}
+        needs = self._needs & {Need.GRAM, Need.CROSS}
+        ears = Ears(chosen, needs, self.feed.num_batches, pairs=pairs, leader=self._leader)
+        with self._listening(ears, after=True), self._modes(lambda q: Mode.OFF):
+            for index in self.inputs():
+                ears.tokens = self.feed.tokens(index)
+                if pairs:
+                    with ears.first_of_pair(), self._computing_with(self._unrounded):
+                        self.feed.run(index, full=True)
+                self.feed.run(index)
+                ears.forget()
+        self._statistics |= {name: gatherer.statistics() for name, gatherer in ears.gatherers.items()}
 
     @torch.no_grad()
     def settle(self) -> Mapping[str, str]:
@@ -645,12 +672,12 @@ class TorchBlock:
                 q.mode = mode
 
     @contextmanager
-    def _listening(self, ears: Ears) -> Iterator[None]:
-        hidden = [layer for layer in self._layers.values() if not layer.is_plain and self._is_hidden(layer)]
+    def _listening(self, ears: Ears, *, after: bool = False) -> Iterator[None]:
+        hidden = [layer for layer in ears.layers.values() if not layer.is_plain and self._is_hidden(layer)]
         with ExitStack() as cleanup:
-            for name, layer in self._layers.items():
+            for name, layer in ears.layers.items():
                 if layer not in hidden:
-                    cleanup.enter_context(self._heard_by(layer, partial(ears.hear, name)))
+                    cleanup.enter_context(self._heard_by(layer, partial(ears.hear, name), after=after))
             if hidden:
                 cleanup.enter_context(Hearing(hidden, partial(self._hear_part, ears)))
             yield
@@ -664,8 +691,11 @@ class TorchBlock:
         ears.hear_part(layer.name if index < 0 else matrix_name(layer.name, index), x, index, rows)
 
     @contextmanager
-    def _heard_by(self, layer: BlockLayer, hear: Callable[[Tensor], None]) -> Iterator[None]:
-        """While open, ``hear`` is told of every input of a layer, as far as anything there can be told."""
+    def _heard_by(self, layer: BlockLayer, hear: Callable[[Tensor], None], *, after: bool = False) -> Iterator[None]:
+        """While open, ``hear`` is told of every input of a layer, as far as anything there can be told.
+
+        ``after``: as scales and rotations in front of the layer have made it.
+        """
         home, child = layer.holder, INPUT_TRANSFORM
         ear: nn.Module = Listener(hear)
         if not layer.is_plain:
@@ -676,7 +706,7 @@ class TorchBlock:
             home, child = place
             ear = nn.Sequential(ear, home._modules[child])
         kept = home._modules.get(child)
-        home._modules[child] = ear
+        home._modules[child] = nn.Sequential(kept, ear) if after and layer.is_plain and kept is not None else ear
         try:
             yield
         finally:

@@ -20,15 +20,24 @@ class Ears:
         needs: What to gather.
         num_batches: How often rows will come.
         pairs: Inputs come by the unquantized path first, and then by the quantized one.
+        leader: Layer -> the first that reads the same tensor, where that is known; pairs are then of interest for all
+            of them, else for those that read what the first layer reads.
     """
 
     def __init__(
-        self, layers: Mapping[str, BlockLayer], needs: frozenset[Need], num_batches: int, *, pairs: bool
+        self,
+        layers: Mapping[str, BlockLayer],
+        needs: frozenset[Need],
+        num_batches: int,
+        *,
+        pairs: bool,
+        leader: Mapping[str, str] | None = None,
     ) -> None:
         self.layers = layers
         self.num_batches = num_batches
         self.needs = needs if pairs else needs - {Need.CROSS}
-        self.leader: dict[str, str] = {}
+        self.leader: dict[str, str] = dict(leader or {})
+        self._pairs_all = leader is not None
         self.channels: dict[str, int] = {}
         self.gatherers: dict[str, Gatherer] = {}
         self._heard: dict[tuple[int, int], tuple[Tensor, int, str]] = {}
@@ -48,11 +57,12 @@ class Ears:
         if rows is None:
             self._add_patches(name, layer, x)
             return
+        is_paired = Need.CROSS in self.needs and (self._pairs_all or name == next(iter(self.leader)))
         if self._is_first:
-            self._first.setdefault(name, []).append(rows)
+            self._first.setdefault(name, []).extend([rows] if is_paired else ())
             return
-        full = self._first[name].pop(0) if Need.CROSS in self.needs else None
-        self._take(name, x, (rows, full), self.needs)
+        full = self._first[name].pop(0) if is_paired else None
+        self._take(name, x, (rows, full), self.needs if is_paired else self.needs - {Need.CROSS})
 
     def _add_patches(self, name: str, layer: BlockLayer, x: Tensor) -> None:
         if Need.MEAN not in self.needs or self._is_first or not layer.is_grouped:

@@ -228,6 +228,10 @@ class Block(Protocol):
         """What ``run`` takes, batch by batch; their content is the block's own business."""
         ...
 
+    def tokens(self, inputs: Any) -> Tensor | None:
+        """``(batch, length)``: which positions of one of ``inputs`` hold no padding; ``None``: all, or nobody knows."""
+        ...
+
     def targets(self) -> Iterable[Sequence[Tensor]]:
         """The block's outputs in full precision for each of ``inputs``. Needs ``OUTPUTS``."""
         ...
@@ -251,6 +255,14 @@ class Block(Protocol):
 
     def gather(self, needs: frozenset[Need]) -> None:
         """One pass in full precision over ``inputs``, which gathers all statistics and ranges."""
+        ...
+
+    def gather_again(self, layers: Sequence[str]) -> None:
+        """One pass over ``inputs`` for the sums of ``layers`` alone, as the weights that are fixed by now make them.
+
+        ``GRAM`` and ``CROSS`` where they were asked for; the latter with what the layers would read in the unquantized
+        model, for which it needs ``UNROUNDED``.
+        """
         ...
 
     def settle(self) -> Mapping[str, str]:

@@ -27,7 +27,8 @@ class Need(Enum):
     MEAN_SQUARE = "mean_square"  # mean of the squares of every channel
     GRAM = "gram"  # X^T X
     SAMPLED_GRAM = "sampled_gram"  # the same from some of the rows, where there are far more than channels: cheaper
-    CROSS = "cross"  # X_full^T X, where X_full came by the unquantized path and X by the quantized one
+    CROSS = "cross"  # X_full^T X, where X_full came by the unquantized path and X by the quantized one: of layers that
+    # read the block's own input, and of any that are gathered again
     UNROUNDED = "unrounded"  # weights are kept as they were before they were rounded
     GRADIENTS = "gradients"  # of a block's outputs to weights that it is run with
     OUTPUTS = "outputs"  # the block's unquantized outputs are kept

@@ -159,6 +159,8 @@ class GraphBlock:
         self._reference: list[Tensor] = []
         self._targets: list[Entry] = []
         self._next: list[Entry] = []
+        self._next_full: list[Entry] = []
+        self._needs: frozenset[Need] = frozenset()
         self._has_folded = False
 
     # What an algorithm reads
@@ -250,7 +252,7 @@ class GraphBlock:
 
     def _conv_group(self, names: tuple[str, ...]) -> InputGroup:
         """Convolutions of one tensor; the layer before takes a factor where it has one kernel of columns to go to."""
-        positions = {math.prod(self._kernel(name)) for name in names}
+        positions = {math.prod(self.kernel(name)) for name in names}
         width = self._sites[names[0]].facts.weight_shape[1]
         if len(positions) > 1 or any(self._is_grouped(name) for name in names):
             return InputGroup(names, width, None, None, takes_scale=False)
@@ -260,7 +262,12 @@ class GraphBlock:
         fold = None if maker is None else Fold(maker, torch.arange(width // inside))
         return InputGroup(names, width // inside, fold, columns, takes_scale=fold is not None)
 
-    def _kernel(self, layer: str) -> tuple[int, ...]:
+    def read_by(self, layer: str) -> str:
+        """The tensor that meets a weight."""
+        return str(self._sites[layer].operands[Slot.INPUT].value.name)
+
+    def kernel(self, layer: str) -> tuple[int, ...]:
+        """Of a convolution; nothing for a matrix."""
         view = self._sites[layer].view
         assert view is not None
         return view.shape[2:]
@@ -404,6 +411,10 @@ class GraphBlock:
         """See ``Block.inputs``."""
         return range(self.walk.num_batches)
 
+    def tokens(self, inputs: int) -> Tensor | None:
+        """See ``Block.tokens``."""
+        return self.walk.tokens[inputs]
+
     def targets(self) -> Iterator[Sequence[Tensor]]:
         """See ``Block.targets``."""
         for entry in self._targets:
@@ -429,23 +440,14 @@ class GraphBlock:
 
     def gather(self, needs: frozenset[Need]) -> None:
         """See ``Block.gather``."""
-        read = {n: str(self._sites[n].operands[Slot.INPUT].value.name) for n in self._layers if self._has_rows(n)}
-        leaders = {layer: layer if self._kernel(layer) else tensor for layer, tensor in read.items()}
-        gatherers = {leader: Gatherer(needs, self.walk.num_batches) for leader in dict.fromkeys(leaders.values())}
-        sources = {leader: (layer, read[layer]) for layer, leader in leaders.items()}
-        wanted = list(dict.fromkeys([*read.values(), *self._observed()]))
-        session = _Session(self.calibration.model, self.piece, wanted)
+        self._needs = needs
+        rows = _Rows(self, self._layers, needs)
+        session = _Session(self.calibration.model, self.piece, [*rows.tensors, *self._observed()])
         for index in self.inputs():
-            full = self.walk.get(self.walk.full[index]) if self.walk.keeps else None
-            other = None if full is None else session.run(full)
+            other = session.run(self.walk.get(self.walk.full[index])) if self.walk.keeps else None
             found = session.run(self.walk.get(self.walk.live[index]))
             self._look(found)
-            for leader, gatherer in gatherers.items():
-                layer, name = sources[leader]
-                full_rows = None if other is None else self._rows(layer, other[name])
-                rows = self._rows(layer, found[name])
-                kept = kept_rows(self.walk.tokens[index], found[name].shape, len(rows))
-                self._take(gatherer, name, (rows, full_rows), kept)
+            rows.take(index, found, other)
             if index == 0:
                 self._reference = _floats({name: found[name] for name in self.piece.outputs if name in found})
             if Need.OUTPUTS in needs:
@@ -453,26 +455,31 @@ class GraphBlock:
             if not self.walk.is_quantized:
                 self._next.append(self.walk.keep({n: found[n] for n in self.piece.outputs}))
             if other is not None:
-                self.walk.replace(self.walk.full, index, {n: other[n] for n in self.piece.outputs})
-        known = {name: gatherer.statistics() for name, gatherer in gatherers.items()}
-        self._statistics = {layer: known[leader] for layer, leader in leaders.items()}
+                self._next_full.append(self.walk.keep({n: other[n] for n in self.piece.outputs}))
+        self._statistics = rows.statistics()
 
-    def _take(self, gatherer: Gatherer, name: str, pair: tuple[Tensor, Tensor | None], kept: Tensor | None) -> None:
-        try:
-            gatherer.update(*pair, kept)
-        except NotFiniteError as error:
-            raise NotFiniteError(f"tensor '{name}': {error}") from error
+    def gather_again(self, layers: Sequence[str]) -> None:
+        """See ``Block.gather_again``: the graph has its weights in full precision, and fixed ones for as long."""
+        again = _Rows(self, layers, self._needs & {Need.GRAM, Need.CROSS}, pairs_all=True)
+        fixed = [name for name in self._layers if name in self.calibration.weights]
+        full = _Session(self.calibration.model, self.piece, again.tensors) if self.walk.keeps else None
+        with self.calibration.computing_with_fixed(fixed):
+            session = _Session(self.calibration.model, self.piece, again.tensors)
+        for index in self.inputs():
+            other = None if full is None else full.run(self.walk.get(self.walk.full[index]))
+            again.take(index, session.run(self.walk.get(self.walk.live[index])), other)
+        self._statistics |= again.statistics()
 
-    def _has_rows(self, layer: str) -> bool:
+    def has_rows(self, layer: str) -> bool:
         """Whether every row of the weight meets the same vectors; not so in groups."""
         operation = self._sites[layer].facts.operation
         return operation == "linear" or (operation == "conv" and not self._is_grouped(layer))
 
-    def _rows(self, layer: str, value: np.ndarray[Any, Any]) -> Tensor:
+    def rows(self, layer: str, value: np.ndarray[Any, Any]) -> Tensor:
         """``(rows, in_features)`` vectors that meet the weight."""
         x, node = tensor_of(value), self._sites[layer].product
         assert node is not None
-        return rows_of(node, x, self._kernel(layer)) if self._kernel(layer) else x.flatten(0, -2)
+        return rows_of(node, x, self.kernel(layer)) if self.kernel(layer) else x.flatten(0, -2)
 
     def _observed(self) -> list[str]:
         return self.calibration.observed_in(self._sites)
@@ -508,13 +515,63 @@ class GraphBlock:
                 if index == 0:
                     error = relative_error(_floats(found), self._reference)
                 self.walk.replace(self.walk.live, index, found)
-        for index, entry in enumerate(self._next):
-            self.walk.store.drop(self.walk.live[index][1])
-            self.walk.live[index] = entry
+        for waiting, entries in ((self._next, self.walk.live), (self._next_full, self.walk.full)):
+            for index, entry in enumerate(waiting):
+                self.walk.store.drop(entries[index][1])
+                entries[index] = entry
         for entry in self._targets:
             self.walk.store.drop(entry[1])
         self._targets, self._reference, self._statistics = [], [], {}
         return error
+
+
+class _Rows:
+    """Sums up what layers of a piece read: once for all that read the same tensor.
+
+    Args:
+        block: Knows how rows of a tensor meet a weight.
+        layers: Whose sums are wanted.
+        needs: What to gather.
+        pairs_all: ``CROSS`` is of all of them, not only of those that read what the first one reads.
+    """
+
+    def __init__(
+        self, block: GraphBlock, layers: Sequence[str], needs: frozenset[Need], *, pairs_all: bool = False
+    ) -> None:
+        self._block = block
+        self._read = {layer: block.read_by(layer) for layer in layers if block.has_rows(layer)}
+        self._leaders = {layer: layer if block.kernel(layer) else tensor for layer, tensor in self._read.items()}
+        self._sources = {leader: layer for layer, leader in reversed(self._leaders.items())}
+        unpaired = needs - {Need.CROSS}
+        first = next(iter(self._leaders.values()), "")
+        self._gatherers = {
+            leader: Gatherer(
+                needs if block.walk.keeps and (pairs_all or leader == first) else unpaired, block.walk.num_batches
+            )
+            for leader in dict.fromkeys(self._leaders.values())
+        }
+
+    @property
+    def tensors(self) -> list[str]:
+        """What has to be looked at."""
+        return list(dict.fromkeys(self._read.values()))
+
+    def take(self, index: int, found: Arrays, full: Arrays | None) -> None:
+        """Take in one batch, as the quantized path gave it, and as the unquantized one did."""
+        for leader, gatherer in self._gatherers.items():
+            layer, name = self._sources[leader], self._read[self._sources[leader]]
+            rows = self._block.rows(layer, found[name])
+            other = None if full is None or Need.CROSS not in gatherer.needs else self._block.rows(layer, full[name])
+            kept = kept_rows(self._block.walk.tokens[index], found[name].shape, len(rows))
+            try:
+                gatherer.update(rows, other, kept)
+            except NotFiniteError as error:
+                raise NotFiniteError(f"tensor '{name}': {error}") from error
+
+    def statistics(self) -> dict[str, InputStatistics]:
+        """Layer -> sums."""
+        known = {leader: gatherer.statistics() for leader, gatherer in self._gatherers.items()}
+        return {layer: known[leader] for layer, leader in self._leaders.items()}
 
 
 class _Session:

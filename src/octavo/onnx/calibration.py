@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -95,6 +96,22 @@ class Calibration:
         array = np.ascontiguousarray(array_of(value)).astype(initializer.const_value.numpy().dtype)
         initializer.const_value = ir.Tensor(array, name=name)
         self._written.add(name)
+
+    @contextmanager
+    def computing_with_fixed(self, layers: Iterable[str]) -> Iterator[None]:
+        """While open, the graph has the fixed weights of ``layers`` in place of the unrounded ones."""
+        initializers = self.model.graph.initializers
+        names = [self.sites[layer].facts.weight_name for layer in layers]
+        before = {name: initializers[name].const_value for name in names}
+        written = set(self._written)
+        try:
+            for layer in layers:
+                self.write_weight(layer, self.weights[layer].dequantize())
+            yield
+        finally:
+            self._written = written
+            for name, value in before.items():
+                initializers[name].const_value = value
 
     def divide(self, layers: Sequence[str], scale: Tensor) -> ir.Node | None:
         """Divide what ``layers`` read by a scale, in front of them.

@@ -56,7 +56,8 @@ class Gptq(Options):
 
     ``act_order`` starts with the columns whose inputs are largest; groups stay where they are. ``scales`` says by what
     error scales are chosen beforehand, and ``sweeps`` how often codes and scales are gone over again afterwards.
-    ``asymmetric`` moves weights to make up for the blocks before (arXiv:2504.02692).
+    ``asymmetric`` moves weights to make up for the blocks before (arXiv:2504.02692). ``sequential`` lets layers learn
+    from what those before them in the block were rounded to, for two more forwards of the block each time.
     """
 
     name: ClassVar[str] = "gptq"
@@ -66,6 +67,7 @@ class Gptq(Options):
     scales: Measure = "gram"
     sweeps: int = Field(default=2, ge=0)
     asymmetric: bool = False
+    sequential: bool = False
 
 
 class ScaleSearch(Options):
