@@ -62,6 +62,7 @@ class TensorBlock:
         self.gathered: dict[str, InputStatistics] = {}
         self.kept: list[Sequence[Tensor]] = []
         self.needs: frozenset[Need] = frozenset()
+        self.masks: dict[int, Tensor] = {}
 
     # What algorithms see
 
@@ -169,7 +170,7 @@ class TensorBlock:
         return range(len(self.batches))
 
     def tokens(self, inputs: Any) -> Tensor | None:
-        return None
+        return self.masks.get(inputs)
 
     def targets(self) -> Iterable[Sequence[Tensor]]:
         return list(self.kept)
@@ -210,7 +211,8 @@ class TensorBlock:
         x = x / self.scales[name] if name in self.scales else x
         x = rotate(x, self.turns[name]) if name in self.turns else x
         if name in ears:
-            ears[name].update(x, x)
+            rows = x.flatten(0, -2)
+            ears[name].update(rows, rows)
         output = x @ given.get(name, self.weights[name]).float().T
         if name in self.branches:
             a, b = self.branches[name]

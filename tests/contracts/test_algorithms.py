@@ -179,6 +179,20 @@ def test_learned_rounding_betters_what_it_starts_from():
     assert error_of("learned_rounding", {"steps": 200}) < 0.95 * error_of("gptq")
 
 
+def test_learned_rounding_fits_no_padding():
+    """What a block makes of padding may be anything."""
+    reference, block = block_of("random", "int3-group32", None), block_of("random", "int3-group32", None)
+    ((_, algorithm),) = make_algorithms([make_step("learned_rounding", {"steps": 200})])
+    reference.batches = [batch.view(2, 16, WIDTH) for batch in block.batches]
+    block.batches = [torch.cat([batch, torch.ones(2, 16, WIDTH)], 1) for batch in reference.batches]
+    block.masks = dict.fromkeys(range(len(block.batches)), torch.arange(32).expand(2, 32) < 16)
+    block.gather(frozenset(algorithm.needs))
+    block.kept = [(target.index_fill(1, torch.arange(16, 32), 100.0),) for (target,) in block.kept]
+    algorithm.apply(block, block.layers())
+    block.batches = reference.batches
+    assert block.error(reference) < 0.95 * error_of("gptq")
+
+
 @pytest.mark.parametrize("fmt", ["int3-group32", "int4-group32", "nvfp4"])
 def test_layers_make_up_for_those_before_them_in_the_block(fmt):
     alone = error_of("gptq", fmt=fmt)

@@ -18,6 +18,7 @@ from octavo.nn.door import TorchDoor
 from octavo.nn.originals import kept_bytes
 from octavo.nn.walk import Walk
 from octavo.numerics.door import Block
+from octavo.numerics.hadamard import rotate
 from octavo.numerics.qtensor import quantize
 from octavo.numerics.statistics import Need
 from octavo.numerics.store import Store
@@ -147,6 +148,31 @@ def test_both_paths_meet_in_the_cross_product() -> None:
         outputs(twin, batch)
     full, simulated = (x.flatten(0, -2) for x in heard)
     torch.testing.assert_close(sums[layer].cross, full.T @ simulated, rtol=1e-3, atol=1e-3)
+
+
+def test_what_is_gathered_again_is_what_layers_meet_by_then() -> None:
+    """Behind a rotation, with a weight before it rounded; on the other path nothing is."""
+    model, batch = made("llama")
+    door = prepared(model, batch)
+    up, down = (f"model.layers.0.mlp.{part}_proj" for part in ("up", "down"))
+    with Store() as store, door.evaluating():
+        block = next(iter(walked(door, [batch], store, is_quantized=True, keeps_unquantized=True)))
+        block.gather(frozenset({Need.GRAM, Need.CROSS, Need.UNROUNDED}))
+        assert block.statistics(down).cross is None
+        block.set_input_rotation(next(group for group in block.groups() if down in group.layers), 16)
+        block.fix_weight(up, quantize(block.read_weight(up), block.weight_spec(up).format))
+        block.gather_again([down])
+        found = block.statistics(down)
+    heard: list[Tensor] = []
+    twin, rounded = made("llama")[0], made("llama")[0]
+    rounded.get_submodule(up).weight.data = model.get_submodule(up).weight.detach()
+    for one in (twin, rounded):
+        one.get_submodule(down).register_forward_pre_hook(lambda module, args: heard.append(args[0]))
+        outputs(one, batch)
+    full, live = (rotate(x.flatten(0, -2), 16) for x in heard)
+    torch.testing.assert_close(found.gram, live.T @ live, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found.cross, full.T @ live, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(full, live, rtol=1e-3, atol=1e-4)
 
 
 def test_layers_that_read_one_tensor_are_one_group_with_one_sum() -> None:

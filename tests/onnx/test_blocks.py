@@ -14,6 +14,7 @@ from torch import Tensor
 from hand_made_graphs import add, empty, finish, initializer
 from octavo import pipeline
 from octavo.errors import UserError
+from octavo.numerics.qtensor import quantize
 from octavo.numerics.statistics import Need
 from octavo.numerics.store import Store
 from octavo.onnx.blocks import GraphBlock
@@ -124,6 +125,35 @@ def test_statistics_are_those_of_what_the_layers_read(tmp_path: Path) -> None:
     assert torch.allclose(read["0.up"], normed.T @ normed, rtol=1e-3, atol=1e-1)
     assert set(door.quantizer_names()) == {name for name, _ in plan.quantizers()}
     assert all(Slot.INPUT in layer.activations for layer in door.snapshot().layers())
+
+
+def test_what_is_gathered_again_is_what_layers_meet_by_then(tmp_path: Path) -> None:
+    door = door_on_sample(open_model(graph(tmp_path / "g.onnx")), {"x": X})
+    door.prepare(resolve(read_recipe("extends: int4-group32", "r.yaml"), door.facts(), ""))
+    with Store() as store:
+        block = next(iter(door.walk(DATA, store, is_quantized=True, keeps_unquantized=True)))
+        block.gather(frozenset({Need.GRAM, Need.CROSS, Need.UNROUNDED}))
+        before = block.read_weight("0.up")
+        assert block.statistics("0.down").cross is None
+        fixed = quantize(before, block.weight_spec("0.up").format)
+        block.fix_weight("0.up", fixed)
+        block.gather_again(["0.down"])
+        found = block.statistics("0.down")
+        assert torch.equal(block.read_weight("0.up"), before)
+    normed = torch.nn.functional.layer_norm(X, (WIDTH,)) * torch.where(torch.arange(WIDTH) % 16 == 0, 50.0, 1.0)
+    full, live = ((normed @ weight.T).relu() for weight in (before, fixed.dequantize()))
+    assert torch.allclose(found.gram, live.T @ live, rtol=1e-3, atol=1e-2)
+    assert torch.allclose(found.cross, full.T @ live, rtol=1e-3, atol=1e-2)
+    assert not torch.allclose(found.cross, found.gram, rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("inputs", ["quantized", "unquantized"])
+def test_layers_make_up_for_those_before_them(tmp_path: Path, inputs: str) -> None:
+    path = graph(tmp_path / "g.onnx")
+    plain = "rules: [{select: 'operation:linear', scheme: {weight: int4-group32}}]"
+    options = f"calibration: {{inputs: {inputs}}}"
+    steps = "steps: [gptq: {asymmetric: true, sequential: true}]"
+    assert error(path, f"{plain}\n{steps}\n{options}") < error(path, f"{plain}\nsteps: [gptq]\n{options}")
 
 
 def test_padding_is_in_no_sum(tmp_path: Path) -> None:
