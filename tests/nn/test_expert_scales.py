@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import octavo
 from algorithms.outliers import plant_experts
+from octavo.nn.choices import Choices
 from octavo.nn.door import TorchDoor
 from octavo.numerics.door import InputGroup
 from octavo.numerics.statistics import Need
@@ -191,3 +192,25 @@ def test_experts_in_a_list_agree_on_a_scale_those_that_the_trial_missed_among_th
     assert not torch.equal(model[0].norm.weight, weights["0.norm.weight"])
     assert not torch.equal(model[0].router.weight, weights["0.router.weight"])
     assert not any("input_transform" in path and "down" not in path for path, _ in model.named_modules())
+
+
+@pytest.mark.parametrize("step", [make_step("smoothquant"), make_step("rotate", {"where": ["residual", "online"]})])
+def test_experts_that_rounding_chooses_stop_no_step(step: Any) -> None:
+    model, data = built("mixtral")
+    model.to(torch.bfloat16)
+    before = logits(model, data).float()
+    octavo.quantize(model, recipe("int8-channel", step), data)
+    assert (logits(model, data).float() - before).norm() < 0.2 * before.norm()
+
+
+@torch.no_grad()
+def test_choices_of_one_pass_are_made_again_in_another() -> None:
+    scores = torch.tensor([[1.0, 3.0, 2.0], [5.0, 4.0, 0.0]])
+    with Choices() as first:
+        torch.topk(scores, 2, dim=-1), scores.argmax(-1)
+    with Choices(first):
+        values, indices = torch.topk(-scores, 2, dim=-1)
+        assert torch.equal(indices, torch.tensor([[1, 2], [0, 1]]))
+        assert torch.equal(values, -scores.gather(1, indices))
+        assert (-scores).argmax(-1).tolist() == [1, 0]
+        assert (-scores).topk(3).indices.tolist() == [[0, 2, 1], [2, 1, 0]], "none like it was made before"

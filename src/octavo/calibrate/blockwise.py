@@ -221,7 +221,7 @@ def _run_step(block: Block, step: Step, algorithm: Algorithm, layers: Sequence[s
     before = block.probe() if algorithm.preserves_function else ()
     left = algorithm.apply(block, layers)
     if algorithm.preserves_function:
-        _check_preserved(block, step, layers, before, block.probe())
+        _check_preserved(block, step, layers, before, block.probe(as_before=True))
     return [f"layer {where}: step '{step.name}' left it alone: {why}" for where, why in _places(block, left)]
 
 

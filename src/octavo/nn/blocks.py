@@ -16,6 +16,7 @@ from octavo.errors import UserError
 from octavo.nn.block_layers import BlockLayer, block_layers
 from octavo.nn.block_state import bring_back, state_of, versions
 from octavo.nn.calls import KeptTree, Tree, floating
+from octavo.nn.choices import Choices
 from octavo.nn.ears import Ears
 from octavo.nn.experts import ExpertWatch, find_experts
 from octavo.nn.extras import INPUT_TRANSFORM, LOW_RANK, InputTransform, Listener, LowRank
@@ -108,6 +109,7 @@ class TorchBlock:
         self._known_joints = {} if known_joints is None else known_joints
         self._scale_groups: list[InputGroup] | None = None
         self._joints: dict[tuple[str, ...], Joint] = {}
+        self._choices = Choices()
         self._changes: dict[str, list[Callable[[InputStatistics], InputStatistics]]] = {}
         self._experts = experts
         self._fused = fused
@@ -237,7 +239,7 @@ class TorchBlock:
         key = type(self._root), shapes, lists
         if key not in self._known_joints:
             with self._modes(lambda q: Mode.OFF):
-                self._known_joints[key] = JointFinder(self._root, self.probe, lists).find(
+                self._known_joints[key] = JointFinder(self._root, self._probe, lists).find(
                     [(x.quantizer.key.removeprefix(self._prefix), x.name in self._stacks) for x in functional]
                 )
         for joint in self._known_joints[key]:
@@ -484,8 +486,15 @@ class TorchBlock:
             for site in sites:
                 self._layers[site].quantizer.override = None
 
-    def probe(self) -> Sequence[Tensor]:
+    def probe(self, *, as_before: bool = False) -> Sequence[Tensor]:
         """See ``Block.probe``."""
+        with Choices(self._choices if as_before else None) as choices:
+            found = self._probe()
+        if not as_before:
+            self._choices = choices
+        return found
+
+    def _probe(self) -> Sequence[Tensor]:
         if not self.feed.num_batches:
             return ()
         with torch.no_grad(), self._modes(lambda q: Mode.OFF):
@@ -502,7 +511,7 @@ class TorchBlock:
             rounded = stack.rounded() if stack is not None and stack.is_touched else layer.rounded()
             layer.quantizer.override = layer.quantizer.view.to_parameter(rounded)
         try:
-            return self.probe()
+            return self._probe()
         finally:
             for layer in tried:
                 layer.quantizer.override = None
@@ -529,7 +538,7 @@ class TorchBlock:
                 if Need.OUTPUTS in needs:
                     self._targets.append(KeptTree.of(output, self._store))
         if not self._is_quantized and self.feed.num_batches:
-            self._reference = list(self.probe())
+            self._reference = list(self._probe())
         self._leader, self._channels = ears.leader, ears.channels
         self._statistics = {name: gatherer.statistics() for name, gatherer in ears.gatherers.items()}
         self._means = {name: total / count for name, (total, count) in ears.sums.items()}
@@ -763,7 +772,7 @@ class TorchBlock:
         with ExitStack() as cleanup:
             for layer in layers:
                 cleanup.enter_context(self._heard_by(layer, heard.setdefault(layer.name, []).append))
-            outputs = self.probe()
+            outputs = self._probe()
         return outputs, {name: inputs[0] for name, inputs in heard.items() if len(inputs) == 1}
 
 

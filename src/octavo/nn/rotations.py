@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo.errors import UserError
+from octavo.nn.choices import Choices
 from octavo.nn.norm_folds import along_axis, fold_norm
 from octavo.nn.streams import RESIDUAL, Stream, Streams, find_streams, tied_readers
 from octavo.nn.ties import remember_ties, tie_again, ties_of, untie
@@ -123,7 +124,8 @@ class Rotations:
         if self._streams is None or not self._chosen:
             return ()
         assert self._run is not None
-        before = list(tensors_in(_main(self._run())))
+        with Choices() as choices:
+            before = list(tensors_in(_main(self._run())))
         groups = _group_sizes(plan)
         turned: set[str] = set()
         left: dict[str, None] = {}
@@ -138,7 +140,8 @@ class Rotations:
                 turn(self.model, stream, size)
                 turned |= {member.key for member in readers}
         self.turned = frozenset(turned)
-        _check_same(before, list(tensors_in(_main(self._run()))))
+        with Choices(choices):
+            _check_same(before, list(tensors_in(_main(self._run()))))
         return tuple(left)
 
 

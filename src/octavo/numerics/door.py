@@ -245,8 +245,13 @@ class Block(Protocol):
         """
         ...
 
-    def probe(self) -> Sequence[Tensor]:
-        """What the block returns in full precision for a few samples; nothing without data."""
+    def probe(self, *, as_before: bool = False) -> Sequence[Tensor]:
+        """What the block returns in full precision for a few samples; nothing without data.
+
+        Args:
+            as_before: Every token goes to the experts that it went to in the last probe that was not so: where two are
+                as good as equal, rounding chooses.
+        """
         ...
 
     def probe_rounded(self) -> Sequence[Tensor]:

@@ -426,8 +426,8 @@ class GraphBlock:
             raise UserError(f"block '{self.name}': steps that learn by gradients need the model in torch, not a graph")
         return _floats(self._float(self.walk.get(self.walk.live[inputs])))
 
-    def probe(self) -> Sequence[Tensor]:
-        """See ``Block.probe``."""
+    def probe(self, *, as_before: bool = False) -> Sequence[Tensor]:
+        """See ``Block.probe``; no choices are made again."""
         return self.run(0) if self.walk.num_batches else ()
 
     def probe_rounded(self) -> Sequence[Tensor]:
