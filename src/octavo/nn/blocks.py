@@ -18,14 +18,14 @@ from octavo.nn.block_state import bring_back, state_of, versions
 from octavo.nn.calls import KeptTree, Tree, floating
 from octavo.nn.choices import Choices
 from octavo.nn.ears import Ears
-from octavo.nn.experts import ExpertWatch, find_experts
+from octavo.nn.experts import ExpertWatch
 from octavo.nn.extras import INPUT_TRANSFORM, LOW_RANK, InputTransform, Listener, LowRank
 from octavo.nn.flow import Link, LinkFinder, Producer, Trial, divide_columns
 from octavo.nn.fusion import Member, fixed_outers, shared_amaxes
+from octavo.nn.groups import Grouping, in_order
 from octavo.nn.hearing import Hearing
-from octavo.nn.joints import Joint, JointFinder
+from octavo.nn.joints import Joint
 from octavo.nn.quantizer import ActivationQuantizer, Mode, Quantizer, new_observer
-from octavo.nn.snapshot import stored_parameter
 from octavo.nn.stacks import Stack, StackedMatrix, takes_apart
 from octavo.numerics.block_state import BlockState
 from octavo.numerics.door import Fold, InputGroup, matrix_name, site_of
@@ -120,6 +120,7 @@ class TorchBlock:
         self._layers = block_layers(model, self._quantizers)
         self._stacks = {name: Stack(layer) for name, layer in self._layers.items() if takes_apart(layer)}
         self._parts = _taken_apart(self._layers, self._stacks)
+        self._grouping = Grouping(root, self._prefix, self._layers, self._stacks.keys(), folds_only)
         self._store = store
         self._is_quantized = is_quantized
         self._keeps_full = keeps_full
@@ -202,77 +203,24 @@ class TorchBlock:
     def scale_groups(self) -> Sequence[InputGroup]:
         """See ``Block.scale_groups``."""
         if self._scale_groups is None:
-            joined = {name: group for group in self._joined_groups() for name in group.layers}
-            found = [group for group in self.placed_groups() if not any(name in joined for name in group.layers)]
-            by_name = {name: group for group in found for name in group.layers} | joined
-            self._scale_groups = list({by_name[name].layers: by_name[name] for name in self.layers()}.values())
+            found = list(self._grouping.joined(self.layers(), self._found_joints()))
+            self._joints = {group.layers: joint for group, joint in found}
+            joined = [group for group, _ in found]
+            self._scale_groups = in_order(self.layers(), self.placed_groups(), joined)
         return self._scale_groups
 
     def placed_groups(self) -> Sequence[InputGroup]:
         """See ``Block.placed_groups``."""
-        joined: list[set[str]] = []
-        for group in self.groups():
-            sites = {site_of(name) for name in group.layers}
-            if any(not self._layers[site].is_plain for site in sites):
-                touching = [part for part in joined if part & sites]
-                joined = [*(part for part in joined if part not in touching), sites.union(*touching)]
-        found = {name: group for group in self.groups() for name in group.layers}
-        for group in map(self._placed_group, joined):
-            found |= dict.fromkeys(group.layers, group)
-        return list({found[name].layers: found[name] for name in self.layers()}.values())
+        return self._grouping.placed(self.layers(), self.groups())
 
-    def _placed_group(self, sites: AbstractSet[str]) -> InputGroup:
-        """Everything that reads what some sites read; each of them has a place for what is done to it."""
-        names = tuple(name for name in self.layers() if site_of(name) in sites)
-        layers = [self._layers[site] for site in sites]
-        takes_scale = all(x.takes_transform and (x.matrix.ndim == 2 or x.name in self._stacks) for x in layers)
-        width = layers[0].quantizer.view.matrix_shape[-1]
-        return InputGroup(names, width, takes_scale=takes_scale and not self._folds_only & sites)
-
-    def _joined_groups(self) -> Iterator[InputGroup]:
-        """Groups of what functions or experts in lists read, and of all that shares its input."""
-        functional = [x for x in self._layers.values() if x.name in self._stacks or (x.is_linear and not x.is_plain)]
-        lists = self._lists()
-        if not (functional or lists) or not self._leader or not self.feed.num_batches:
-            return
-        shapes = tuple((x.name.removeprefix(self._prefix), x.parameter.shape) for x in functional)
-        key = type(self._root), shapes, lists
+    def _found_joints(self) -> tuple[Joint, ...]:
+        key = self._grouping.likeness()
+        if key is None or not self._leader or not self.feed.num_batches:
+            return ()
         if key not in self._known_joints:
             with self._modes(lambda q: Mode.OFF):
-                self._known_joints[key] = JointFinder(self._root, self._probe, lists).find(
-                    [(x.quantizer.key.removeprefix(self._prefix), x.name in self._stacks) for x in functional]
-                )
-        for joint in self._known_joints[key]:
-            readers = {id(stored_parameter(self._root, reader.key)) for reader in joint.readers}
-            sites = [layer.name for layer in self._layers.values() if id(layer.parameter) in readers]
-            if any(self._layers[site].matrix.ndim > 2 and site not in self._stacks for site in sites):
-                continue  # one scale for matrices that are not seen one by one
-            names = [name for name in self.layers() if site_of(name) in sites]
-            if joint.index >= 0:
-                names = [matrix_name(site, joint.index) for site in sites]
-            producer = self._maker_of(joint)
-            size = joint.readers[0].stop
-            device = self._layers[sites[0]].parameter.device
-            self._joints[tuple(names)] = joint
-            yield InputGroup(tuple(names), size, Fold(producer, torch.arange(size, device=device)))
-
-    def _lists(self) -> tuple[tuple[str, ...], ...]:
-        """Keys in the block of each weight that every expert of a list has."""
-        own = {x.quantizer.key.removeprefix(self._prefix) for x in self._layers.values() if x.is_plain and x.is_linear}
-        found: dict[tuple[str, str], list[str]] = {}
-        for experts in find_experts(self._root):
-            prefix = f"{experts.path}."
-            for key in (key for key in own if experts.is_list and key.startswith(prefix)):
-                found.setdefault((prefix, key.removeprefix(prefix).partition(".")[2]), []).append(key)
-        return tuple(tuple(sorted(keys)) for _, keys in sorted(found.items()))
-
-    def _maker_of(self, joint: Joint) -> str:
-        """The site, or matrix of one, whose rows make what a joint's readers read; a norm's path."""
-        if joint.index < 0:
-            return f"{self._prefix}{joint.producer}"
-        made = stored_parameter(self._root, joint.producer)
-        site = next((layer.name for layer in self._layers.values() if layer.parameter is made), joint.producer)
-        return matrix_name(site, joint.index)
+                self._known_joints[key] = self._grouping.find(self._probe)
+        return self._known_joints[key]
 
     def _group(self, leader: str, names: tuple[str, ...]) -> InputGroup:
         layer = self._layers.get(leader)
