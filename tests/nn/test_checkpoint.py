@@ -79,6 +79,7 @@ RECIPES = {
         ("llama", "awq, gptq"),
         pytest.param("t5", "gptaq", marks=pytest.mark.slow),
         pytest.param("gpt_oss", "awq, gptq", marks=pytest.mark.slow),
+        pytest.param("mixtral", "rotate, svdquant, gptq", marks=pytest.mark.slow),
         *(pytest.param("llama", recipe, marks=pytest.mark.slow) for recipe in RECIPES if recipe != "awq, gptq"),
     ],
 )

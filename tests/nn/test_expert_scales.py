@@ -14,6 +14,7 @@ import octavo
 from algorithms.outliers import plant_experts
 from octavo.nn.choices import Choices
 from octavo.nn.door import TorchDoor
+from octavo.nn.lowered import lower
 from octavo.numerics.door import InputGroup
 from octavo.numerics.statistics import Need
 from octavo.numerics.store import Store
@@ -41,8 +42,8 @@ def logits(model: nn.Module, data: list[dict[str, Any]]) -> Tensor:
         return torch.cat([model(**batch)[0] for batch in data])
 
 
-def recipe(weight: str, *steps: Any) -> Recipe:
-    return Recipe("r", ()).quantize("operation:linear", weight=weight).with_steps(*steps)
+def recipe(weight: str, *steps: Any, **inputs: str) -> Recipe:
+    return Recipe("r", ()).quantize("operation:linear", weight=weight, **inputs).with_steps(*steps)
 
 
 def static_int8(*steps: Any) -> Recipe:
@@ -123,6 +124,8 @@ def test_scales_take_the_loss_of_outliers_away(name: str, spelling: str) -> None
         *(("mixtral", spelling, "nvfp4", make_step("rotate")) for spelling in SPELLINGS),
         ("llama4", "", "int4-channel", make_step("rotate")),
         ("gpt_oss", "eager", "int4-channel", make_step("rotate", {"where": ["residual", "heads", "online"]})),
+        *(("gpt_oss", spelling, "int8-channel", make_step("svdquant", {"rank": 4})) for spelling in SPELLINGS),
+        ("llama4", "", "int4-channel", make_step("svdquant", {"rank": 4})),
     ],
 )
 @torch.no_grad()
@@ -214,3 +217,23 @@ def test_choices_of_one_pass_are_made_again_in_another() -> None:
         assert torch.equal(values, -scores.gather(1, indices))
         assert (-scores).argmax(-1).tolist() == [1, 0]
         assert (-scores).topk(3).indices.tolist() == [[0, 2, 1], [2, 1, 0]], "none like it was made before"
+
+
+@torch.no_grad()
+def test_branches_beside_stacks_see_inputs_before_rounding() -> None:
+    found: dict[str, Tensor] = {}
+    for spelling in SPELLINGS:
+        model, data = built("mixtral", spelling)
+        before = logits(model, data)
+        plain = octavo.quantize(model, recipe("nvfp4", input="nvfp4"), data)
+        lost_plain = float((logits(model, data) - before).norm())
+        plain.door.strip()
+        run = octavo.quantize(model, recipe("nvfp4", make_step("svdquant", {"rank": 16}), input="nvfp4"), data)
+        found[spelling] = logits(model, data)
+        assert float((found[spelling] - before).norm()) < 0.8 * lost_plain, spelling
+        with run.door.disabled(lambda name: "input" in name):
+            assert float((logits(model, data) - before).norm()) < float((found[spelling] - before).norm())
+        lower(model)
+        torch.testing.assert_close(logits(model, data), found[spelling])
+    for spelling in SPELLINGS[1:]:
+        torch.testing.assert_close(found[spelling], found[SPELLINGS[0]], rtol=1e-3, atol=1e-3)

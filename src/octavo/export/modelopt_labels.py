@@ -82,7 +82,7 @@ def from_layer(layer: LayerSnapshot) -> LayerFormats:
     if layer.weight is None:
         return LayerFormats(layer.name, layer.operation, (), quantizers)
     quantizers[Slot.WEIGHT] = Rounded(layer.weight.format)
-    rank = 0 if layer.low_rank is None else layer.low_rank[0].shape[0]
+    rank = 0 if layer.low_rank is None else layer.low_rank[0].shape[-2]
     extras = Extras(layer.pre_scale is not None, layer.input_rotation > 0, rank)
     return LayerFormats(layer.name, layer.operation, layer.weight.shape, quantizers, extras, layer.weight_name)
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from octavo.backends.simulate import loops_for
-from octavo.nn.extras import INPUT_TRANSFORM, LOW_RANK, InputTransform
+from octavo.nn.extras import INPUT_TRANSFORM, LOW_RANK, InputTransform, LowRank, StackBranch
 from octavo.nn.layers import has_own_forward, layer_kind
 from octavo.nn.originals import give_bias
 from octavo.nn.quantizer import ActivationQuantizer, Quantizer, WeightQuantizer
@@ -94,6 +94,33 @@ class BlockLayer:
         return (self.holder, INPUT_TRANSFORM) if place is None or self.caller is None else (self.caller, place[1])
 
     @property
+    def branch(self) -> LowRank | None:
+        """The low-rank branch beside it, or beside its matrices."""
+        found = self.holder._modules.get(self._branch_name)
+        return found if isinstance(found, LowRank) else None
+
+    def set_branch(self, a: Tensor, b: Tensor) -> None:
+        """Put a low-rank branch beside it: ``a`` and ``b`` as ``LowRank`` takes them, or ``StackBranch``."""
+        if not self.is_stack:
+            self.holder.add_module(LOW_RANK, LowRank(a, b))
+            return
+        place, caller = self.quantizer.input_place, self.caller
+        assert place is not None
+        assert caller is not None
+        branch = StackBranch(a, b, is_transposed=self.quantizer.view.is_transposed, axis=self.transform_axis)
+        self.holder.add_module(self._branch_name, branch)
+        caller.add_module(place[1].removesuffix(INPUT_TRANSFORM) + LOW_RANK, branch)
+
+    @property
+    def is_stack(self) -> bool:
+        """Matrices in one parameter."""
+        return self.quantizer.view.num_stacked == 1 and len(self.quantizer.view.matrix_shape) == 3
+
+    @property
+    def _branch_name(self) -> str:
+        return f"{self.quantizer.key.rpartition('.')[2]}_{LOW_RANK}" if self.is_stack else LOW_RANK
+
+    @property
     def takes_transform(self) -> bool:
         """Its input can be scaled, and rotated where it is a matrix or a stack of them, when it is computed with."""
         return self.caller is not None or self.takes_scale
@@ -136,8 +163,10 @@ class BlockLayer:
 
     @property
     def takes_low_rank(self) -> bool:
-        """Its forward adds a low-rank branch."""
-        return self.is_linear and self.holder is self.owner and self.is_plain and LOW_RANK not in self.holder._modules
+        """Its forward adds a low-rank branch, or the function's call takes those of a stack."""
+        if self.is_stack:
+            return self.caller is not None and self.quantizer.operation == "linear"
+        return self.is_linear and self.holder is self.owner and self.is_plain and self.branch is None
 
     def write(self, matrix: Tensor) -> None:
         """Replace the weight."""
@@ -146,10 +175,14 @@ class BlockLayer:
 
     @property
     def channel_axis(self) -> int:
-        """Axis of the input's channels, from the end."""
-        if self.caller is not None and self.quantizer.input_place is not None:
-            return self.quantizer.input_place[2]
+        """Axis of the input's channels, from the end, as its quantizer sees it."""
         return -1 if self.is_linear else -1 - (self.parameter.ndim - 2)
+
+    @property
+    def transform_axis(self) -> int:
+        """The same, as what is done to the input sees it: where a function is called it is as the function takes it."""
+        place = self.quantizer.input_place
+        return self.channel_axis if self.caller is None or place is None else place[2]
 
     def rows(self, x: Tensor) -> Tensor | None:
         """``(num_rows, in_features)`` vectors of an input that meet the weight; ``None`` where it has no such view."""

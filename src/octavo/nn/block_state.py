@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo.nn.block_layers import BlockLayer
-from octavo.nn.extras import LOW_RANK, InputTransform, LowRank
+from octavo.nn.extras import InputTransform, LowRank
 from octavo.nn.packed import PackedTensor
 from octavo.nn.quantizer import Mode, Quantizer, WeightQuantizer
 from octavo.numerics.block_state import BlockState, from_parts, named_parts
@@ -51,14 +51,14 @@ def state_of(
     }
     shared: dict[int, dict[str, Any]] = {}
     for name, layer in layers.items():
-        transform, branch = layer.transform, layer.holder._modules.get(LOW_RANK)
+        transform, branch = layer.transform, layer.branch
         if transform is not None and id(transform) not in shared:
             shared[id(transform)] = {"layers": [], "channels": transform.num_channels, "rotation": transform.rotation}
             if transform.pre_scale is not None:
                 tensors[f"pre_scale.{name}"] = transform.pre_scale
         if transform is not None:
             shared[id(transform)]["layers"].append(name)
-        if isinstance(branch, LowRank):
+        if branch is not None:
             tensors |= {f"low_rank.{name}.a": branch.a, f"low_rank.{name}.b": branch.b}
     return BlockState(tensors, {**facts, "transforms": list(shared.values())})
 
@@ -89,7 +89,7 @@ def bring_back(model: nn.Module, quantizers: Sequence[Quantizer], layers: Layers
     for name, layer in layers.items():
         if f"low_rank.{name}.a" in state.tensors:
             a, b = (state.tensors[f"low_rank.{name}.{part}"].to(layer.parameter.device) for part in "ab")
-            layer.holder.add_module(LOW_RANK, LowRank(a, b))
+            layer.set_branch(a, b)
 
 
 def _write_tensors(model: nn.Module, layers: Layers, state: BlockState) -> None:
@@ -110,7 +110,7 @@ def _codes(quantizer: WeightQuantizer, state: BlockState) -> PackedTensor:
 def _add_transform(entry: Mapping[str, Any], layers: Layers, state: BlockState) -> None:
     readers = [layers[name] for name in entry["layers"]]
     device = readers[0].parameter.device
-    transform = InputTransform(entry["channels"], readers[0].channel_axis, len(readers))
+    transform = InputTransform(entry["channels"], readers[0].transform_axis, len(readers))
     scale = state.tensors.get(f"pre_scale.{readers[0].name}")
     if scale is not None:
         transform.divide(scale.to(device))

@@ -19,7 +19,7 @@ from octavo.nn.calls import KeptTree, Tree, floating
 from octavo.nn.choices import Choices
 from octavo.nn.ears import Ears
 from octavo.nn.experts import ExpertWatch
-from octavo.nn.extras import INPUT_TRANSFORM, LOW_RANK, InputTransform, Listener, LowRank
+from octavo.nn.extras import INPUT_TRANSFORM, InputTransform, Listener, LowRank
 from octavo.nn.flow import Link, LinkFinder, Producer, Trial, divide_columns
 from octavo.nn.fusion import Member, fixed_outers, shared_amaxes
 from octavo.nn.groups import Grouping, in_order
@@ -349,14 +349,17 @@ class TorchBlock:
 
     def set_low_rank(self, layer: str, a: Tensor, b: Tensor) -> None:
         """See ``Block.set_low_rank``."""
-        found = self._layers[layer]
+        found = self._parts[layer]
         if not found.takes_low_rank:
             raise UserError(f"layer '{layer}': a low-rank branch needs a linear layer that has none yet")
-        dtype = found.parameter.dtype
+        dtype = found.matrix.dtype
         a, b = (
             part.detach().to(dtype).contiguous() for part in (a, b)
         )  # as a file gives them: products differ in bits
-        found.holder.add_module(LOW_RANK, LowRank(a, b))
+        if isinstance(found, StackedMatrix):
+            found.stack.set_low_rank(found.index, a, b)
+        else:
+            found.set_branch(a, b)
 
     def _update(self, group: InputGroup, change: Callable[[InputStatistics], InputStatistics]) -> None:
         for leader in dict.fromkeys(self._leader.get(name, name) for name in group.layers):
@@ -379,7 +382,7 @@ class TorchBlock:
         for readers in ([plain] if plain else []) + alone:
             transform = readers[0].transform
             if transform is None:
-                transform = InputTransform(group.num_channels, readers[0].channel_axis, len(readers))
+                transform = InputTransform(group.num_channels, readers[0].transform_axis, len(readers))
                 for layer in readers:
                     layer.set_transform(transform)
             found.append(transform)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from octavo.nn.extras import LOW_RANK, StackBranch
 from octavo.nn.redirects import TappedCall, redirecting_methods
 
 
@@ -65,5 +66,12 @@ def _changed(
 
 
 def _rounded(name: str, child: str) -> property:
-    """A parameter that is rounded whenever it is read, whoever reads it."""
-    return property(lambda self: self._modules[child](self._parameters[name]))
+    """A parameter that is rounded whenever it is read, whoever reads it; a stack has its branches beside it."""
+
+    def read(self: nn.Module) -> Any:
+        quantizer, branch = self._modules[child], self._modules.get(f"{name}_{LOW_RANK}")
+        assert quantizer is not None
+        rounded = quantizer(self._parameters[name])
+        return branch.beside(rounded) if isinstance(branch, StackBranch) else rounded
+
+    return property(read)

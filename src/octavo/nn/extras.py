@@ -100,6 +100,36 @@ class LowRank(nn.Module):
         return F.linear(F.linear(x, self.a.to(x.dtype)), self.b.to(x.dtype))
 
 
+class StackBranch(LowRank):
+    """Low-rank branches beside a stack of weights that a function computes with, in the function's own call.
+
+    What each expert is sent is the function's business, so the branches go with the matrices: ``[Q(W), B A]`` meets
+    ``[Q(x), x]``, each twice as wide, however the call is spelled, and ``Q(x) Q(W)^T + x (B A)^T`` comes out.
+
+    Args:
+        a: ``(num_matrices, rank, in_features)``.
+        b: ``(num_matrices, out_features, rank)``.
+        is_transposed: The parameter is ``(num_matrices, in_features, out_features)``.
+        axis: The axis of the input's channels in the call, from its end.
+    """
+
+    def __init__(self, a: Tensor, b: Tensor, *, is_transposed: bool, axis: int) -> None:
+        super().__init__(a, b)
+        self.is_transposed = is_transposed
+        self.axis = axis
+
+    def beside(self, weight: Tensor) -> Tensor:
+        """A rounded parameter with the branches beside its matrices, along the axis of its inputs."""
+        product = torch.bmm(self.b.float(), self.a.float()).to(weight.dtype)
+        if self.is_transposed:
+            return torch.cat([weight, product.transpose(1, 2)], 1)
+        return torch.cat([weight, product], 2)
+
+    def join(self, rounded: Tensor, x: Tensor) -> Tensor:
+        """An input as it is rounded, and beside it as it was."""
+        return torch.cat([rounded, x], self.axis)
+
+
 class Listener(nn.Module):
     """Stands in for an ``InputTransform`` while data are gathered: tells of every input, and passes it on."""
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch import nn
 
 from octavo.nn.alternatives import with_alternatives
-from octavo.nn.extras import INPUT_TRANSFORM
+from octavo.nn.extras import INPUT_TRANSFORM, LOW_RANK
 from octavo.nn.layers import INSTANCE_FORWARD, has_instance_forward, is_sealed
 from octavo.nn.ledger import Computed, Source
 from octavo.nn.meetings import Attention, Meeting, Trace
@@ -81,11 +81,14 @@ class _Makers:
             slots = (Slot.WEIGHT, Slot.INPUT)
         slots = slots if is_first else (Slot.WEIGHT,)
         taps = {slot: prefix + QUANTIZER_NAMES[slot] for slot in slots if slot is not Slot.WEIGHT}
-        tapped = tuple(Tap(child, operands[slot]) for slot, child in taps.items())
-        axis = _channel_axis(meeting) if is_alone and Slot.INPUT in taps and len(keys) == 1 else None
-        at_input = None if axis is None or self._is_layer(key) else (call.owner, prefix + INPUT_TRANSFORM, axis)
+        axis = _channel_axis(meeting)
+        axes = {Slot.INPUT: -1 if axis is None else axis}
+        tapped = tuple(Tap(child, operands[slot], axes.get(slot, -1)) for slot, child in taps.items())
+        is_placed = is_alone and Slot.INPUT in taps and len(keys) == 1 and not self._is_layer(key)
+        at_input = (call.owner, prefix + INPUT_TRANSFORM, axis) if is_placed and axis is not None else None
         if at_input is not None:  # before the quantizer
-            tapped = (Tap(at_input[1], operands[Slot.INPUT]), *tapped)
+            beside = Tap(prefix + LOW_RANK, operands[Slot.INPUT])
+            tapped = (Tap(at_input[1], operands[Slot.INPUT]), *tapped, beside)
         calls = tuple(TappedCall(chain, tapped) for chain in with_alternatives(call.chain))
         module = self.model.get_submodule(holder)
         mine = [key, *keys[1:], *filter(None, [meeting.bias])]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo.errors import UserError
+from octavo.nn.extras import LOW_RANK, StackBranch
 from octavo.nn.packed import PackedTensor
 from octavo.nn.parametrized import forget_sources
 from octavo.nn.quantizer import Mode, WeightQuantizer
@@ -30,7 +31,13 @@ class PackedWeight(nn.Module):
 
 
 def _unpacking(name: str) -> property:
-    return property(lambda self: self._modules[f"packed_{name}"]())
+    def read(self: nn.Module) -> Tensor:
+        packed, branch = self._modules[f"packed_{name}"], self._modules.get(f"{name}_{LOW_RANK}")
+        assert packed is not None
+        weight: Tensor = packed()
+        return branch.beside(weight) if isinstance(branch, StackBranch) else weight
+
+    return property(read)
 
 
 @cache

@@ -12,6 +12,7 @@ from torch import nn
 
 from octavo.nn.attention import unfused_attention
 from octavo.nn.expressions import Position, Redirect
+from octavo.nn.extras import InputTransform, StackBranch
 from octavo.nn.frames import Chain
 from octavo.nn.multihead import functional_multihead
 from octavo.nn.products import INSIDE, RESULT, Operand
@@ -25,10 +26,12 @@ class Tap:
     Args:
         child: Its name among the children of the call's owner.
         operand: What passes it.
+        axis: Where the operand's channels are, from its end: a quantizer has groups of channels along the last axis.
     """
 
     child: str
     operand: Operand
+    axis: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +60,17 @@ def _meeting(calls: Sequence[TappedCall]) -> Redirect:
     inside = {tap.operand.name: tap.child for tap in taps if tap.operand.index == INSIDE}
     if inside:
         return _multihead(inside)
-    inputs = [(t.child, t.operand.index, t.operand.name, t.operand.item) for t in taps if t.operand != RESULT]
+    inputs = [tap for tap in taps if tap.operand != RESULT]
     results = [t.child for t in taps if t.operand == RESULT]
     softmax = next((call.softmax for call in calls if call.softmax), "")
 
     def meet(owner: nn.Module, callee: Any, *args: Any, **kwargs: Any) -> Any:
         values = list(args)
-        for child, index, name, item in inputs:
-            quantizer = owner._modules.get(child)
-            if quantizer is not None:
-                _round_operand(quantizer, values, kwargs, index, name, item)
+        unrounded: dict[Operand, Any] = {}
+        for tap in inputs:
+            module = owner._modules.get(tap.child)
+            if module is not None:
+                _round_operand(partial(_changed, module, unrounded, tap), values, kwargs, tap.operand)
         probabilities = owner._modules.get(softmax)
         if probabilities is not None:
             output = unfused_attention(probabilities, *values, **kwargs)
@@ -90,18 +94,28 @@ def _multihead(inside: Mapping[str, str]) -> Redirect:
     return attend
 
 
+def _changed(module: nn.Module, unrounded: dict[Operand, Any], tap: Tap, x: Any) -> Any:
+    """An operand through what is done to it, through its quantizer, or with what it was before that beside it."""
+    if isinstance(module, StackBranch):
+        return module.join(x, unrounded.get(tap.operand, x))
+    if isinstance(module, InputTransform):
+        return module(x)
+    unrounded[tap.operand] = x
+    return module(x) if tap.axis == -1 else module(x.movedim(tap.axis, -1)).movedim(-1, tap.axis)
+
+
 def _round_operand(
-    quantizer: Callable[[Any], Any], values: list[Any], kwargs: dict[str, Any], index: int, name: str, item: int
+    quantizer: Callable[[Any], Any], values: list[Any], kwargs: dict[str, Any], operand: Operand
 ) -> None:
-    if index >= len(values):
-        if name in kwargs:
-            kwargs[name] = quantizer(kwargs[name])
-    elif item < 0:
-        values[index] = quantizer(values[index])
+    if operand.index >= len(values):
+        if operand.name in kwargs:
+            kwargs[operand.name] = quantizer(kwargs[operand.name])
+    elif operand.item < 0:
+        values[operand.index] = quantizer(values[operand.index])
     else:
-        parts = list(values[index])
-        parts[item] = quantizer(parts[item])
-        values[index] = parts
+        parts = list(values[operand.index])
+        parts[operand.item] = quantizer(parts[operand.item])
+        values[operand.index] = parts
 
 
 def _enter(inner: Sequence[Redirected], around: Redirect | None, otherwise: Redirect | None) -> Redirect:

@@ -45,8 +45,8 @@ class TorchSnapshot:
         operation = next(iter(quantizers.values())).operation
         if not isinstance(weight_quantizer, WeightQuantizer):
             return LayerSnapshot(site, operation, activations=activations, fusion_group=group)
-        transform, branch = self._transform(weight_quantizer, holder), holder._modules.get(LOW_RANK)
-        key = weight_quantizer.key
+        key, transform = weight_quantizer.key, self._transform(weight_quantizer, holder)
+        branch = holder._modules.get(LOW_RANK) or holder._modules.get(f"{key.rpartition('.')[2]}_{LOW_RANK}")
         return LayerSnapshot(
             site,
             operation,

@@ -31,7 +31,19 @@ class Stack:
         self.layer = layer
         self.spec = replace(layer.quantizer.spec, format=fmt)
         self.codes: list[QTensor | None] = [None] * layer.quantizer.view.matrix_shape[0]
+        self.with_branch: set[int] = set()
         self.matrices = [StackedMatrix(self, index) for index in range(len(self.codes))]
+
+    def set_low_rank(self, index: int, a: Tensor, b: Tensor) -> None:
+        """A branch beside one matrix; those without one have branches of zeros."""
+        count, (out_features, in_features) = len(self.codes), self.matrices[index].matrix.shape
+        if self.layer.branch is None:
+            rank = a.shape[0]
+            self.layer.set_branch(a.new_zeros(count, rank, in_features), b.new_zeros(count, out_features, rank))
+        branch = self.layer.branch
+        assert branch is not None
+        branch.a[index], branch.b[index] = a, b
+        self.with_branch.add(index)
 
     @property
     def is_touched(self) -> bool:
@@ -94,8 +106,8 @@ class StackedMatrix:
 
     @property
     def takes_low_rank(self) -> bool:
-        """Nothing can be added to its product."""
-        return False
+        """The call takes the branches of all matrices, and it has none yet."""
+        return self.stack.layer.takes_low_rank and self.index not in self.stack.with_branch
 
     @property
     def is_fixed(self) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from octavo.errors import UserError
 from octavo.nn.block_layers import BlockLayer, block_layers
-from octavo.nn.extras import LOW_RANK, InputTransform, LowRank
+from octavo.nn.extras import InputTransform
 from octavo.nn.layers import layer_kind
 from octavo.nn.originals import give_bias
 from octavo.nn.parametrized import make_plain_for_good, sources_of
@@ -50,7 +50,8 @@ def _restore_extras(stored: LayerSnapshot, layer: BlockLayer, shared: dict[str, 
     if stored.pre_scale is not None or stored.input_rotation:
         layer.set_transform(_transform(stored, layer, shared))
     if stored.low_rank is not None:
-        layer.holder.add_module(LOW_RANK, LowRank(*stored.low_rank).to(layer.parameter.device))
+        a, b = (part.to(layer.parameter.device) for part in stored.low_rank)
+        layer.set_branch(a, b)
 
 
 def _transform(stored: LayerSnapshot, layer: BlockLayer, shared: dict[str, InputTransform]) -> InputTransform:
@@ -62,7 +63,7 @@ def _transform(stored: LayerSnapshot, layer: BlockLayer, shared: dict[str, Input
         return found
     device = layer.parameter.device
     channels = layer.quantizer.view.matrix_shape[-1] if stored.pre_scale is None else len(stored.pre_scale)
-    transform = InputTransform(channels, layer.channel_axis, 1)
+    transform = InputTransform(channels, layer.transform_axis, 1)
     if stored.pre_scale is not None:
         transform.divide(stored.pre_scale.to(device))
     if stored.input_rotation:
@@ -78,12 +79,12 @@ def simulated_extras(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     Parts: ``pre_scale``, ``input_rotation``, ``low_rank.a``, ``low_rank.b``.
     """
     for layer in block_layers(model, list(quantizers(model))).values():
-        transform, branch = layer.transform, layer.holder._modules.get(LOW_RANK)
+        transform, branch = layer.transform, layer.branch
         if transform is not None and transform.pre_scale is not None:
             yield f"{layer.name}.pre_scale", transform.pre_scale
         if transform is not None and transform.rotation:
             yield f"{layer.name}.input_rotation", torch.tensor(transform.rotation)
-        if isinstance(branch, LowRank):
+        if branch is not None:
             yield f"{layer.name}.low_rank.a", branch.a
             yield f"{layer.name}.low_rank.b", branch.b
 

@@ -41,7 +41,8 @@ class LayerSnapshot:
         pre_scale: ``(num_channels,)`` vector that divides the input, ``None`` for none.
         input_rotation: Block size of the Hadamard rotation of the input after that, 0 for none.
         low_rank: ``a`` ``(rank, in_features)`` and ``b`` ``(out_features, rank)``: ``x @ a.T @ b.T`` is added to the
-            output, where ``x`` is the input after scale and rotation, before rounding. ``None`` for none.
+            output, where ``x`` is the input after scale and rotation, before rounding. ``None`` for none. Of a stack of
+            matrices both begin with its axis.
         fusion_group: Sites that read the same input carry the same non-empty name.
     """
 

@@ -213,7 +213,7 @@ def _left_beside(door: Door, the_plan: Plan) -> dict[str, Beside]:
             case "pre_scale":
                 found.setdefault(site, {})["num_scales"] = tensor.numel()
             case "low_rank":
-                found.setdefault(site, {})["rank"] = len(tensor)
+                found.setdefault(site, {})["rank"] = tensor.shape[-2]
             case "input_rotation":
                 found.setdefault(site, {})["rotation"] = int(tensor)
     known = {name for decision in the_plan.decisions for name in decision.site.parameters}

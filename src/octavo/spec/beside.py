@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ class Beside:
 
     Args:
         num_scales: In the vector that divides the input, fp32; 0 where it was folded, or there is none.
-        rank: Of a low-rank branch, whose values are as wide as the weight's.
+        rank: Of a low-rank branch, or of those beside each matrix of a stack; values are as wide as the weight's.
         num_biases: In a bias that the layer had not.
         rotation: Block size of the rotation of the input, which needs no values; 0 for none.
     """
@@ -29,7 +30,7 @@ class Beside:
         """Bytes beside a site's own parameters."""
         total = sum(site.parameters.values())
         width = site.parameter_bytes / total if total else 0
-        factors = self.rank * sum(site.weight_shape[-2:])
+        factors = self.rank * sum(site.weight_shape[-2:]) * math.prod(site.weight_shape[:-2])
         return 4 * self.num_scales + round((factors + self.num_biases) * width)
 
     def to_dict(self) -> dict[str, int]:

@@ -30,6 +30,7 @@ def with_branches(decisions: tuple[Decision, ...], steps: Sequence[Step]) -> tup
 
 
 def _takes_branch(site: SiteFacts, rank: int) -> bool:
-    """A layer of its own whose weight is larger than the branch."""
-    is_layer = site.operation == "linear" and "#" not in site.name and len(site.weight_shape) == 2
-    return is_layer and min(site.weight_shape) > rank
+    """A layer of its own, or a stack that a function computes with, whose matrices are larger than the branch."""
+    num_axes = 3 if "#" in site.name else 2
+    is_layer = site.operation == "linear" and len(site.weight_shape) == num_axes
+    return is_layer and min(site.weight_shape[-2:]) > rank
