@@ -1,19 +1,12 @@
-"""Blocks of a graph: consecutive pieces of it, as algorithms see them.
-
-A piece ends in front of a norm, so that a norm and the layers that read it lie in one piece and a scale of their input
-can be folded into it.
-"""
+"""Blocks of a graph: consecutive pieces of it, as algorithms see them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor
@@ -23,67 +16,21 @@ from octavo.numerics.arrays import array_of, tensor_of
 from octavo.numerics.block_state import BlockState
 from octavo.numerics.door import Fold, InputGroup
 from octavo.numerics.hadamard import rotate
-from octavo.numerics.observers import NotFiniteError
 from octavo.numerics.qtensor import QTensor
-from octavo.numerics.statistics import Gatherer, InputStatistics, Need, kept_rows, tokens_of
+from octavo.numerics.statistics import InputStatistics, Need, tokens_of
 from octavo.numerics.store import Store
 from octavo.numerics.tensor_error import relative_error
 from octavo.onnx.beside import branch_of, rotation_of
 from octavo.onnx.calibration import Calibration, outer_of
-from octavo.onnx.convolutions import maker_of, rows_of
-from octavo.onnx.graph import GraphSite, whole
-from octavo.onnx.segments import reads
-from octavo.onnx.sessions import session_of
+from octavo.onnx.convolutions import maker_of
+from octavo.onnx.graph import whole
+from octavo.onnx.pieces import NORM, Arrays, Piece, PieceSession, floats_of, pieces_of
+from octavo.onnx.rows import Rows, is_grouped, kernel_of
 from octavo.spec.facts import Slot
 from octavo.spec.plan import QuantizerSpec
 
-MOST_LAYERS = 6
-"""Layers with a weight in one piece, before it ends at the next norm."""
-_NORM = "LayerNormalization"
-Arrays = dict[str, np.ndarray[Any, Any]]
 Entry = tuple[tuple[str, ...], int]
 """Arrays that wait in the store: their names, and the store's number."""
-
-
-@dataclass(slots=True)
-class Piece:
-    """Consecutive nodes.
-
-    Args:
-        name: For messages.
-        nodes: In their order.
-        inputs: Tensors from before.
-        outputs: Tensors that something behind needs.
-    """
-
-    name: str
-    nodes: list[ir.Node]
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-
-
-def pieces_of(model: ir.Model, sites: Iterable[GraphSite]) -> list[Piece]:
-    """``model`` in pieces of some layers each."""
-    products = {site.product.name for site in sites if site.product is not None and Slot.WEIGHT in site.operands}
-    groups: list[list[ir.Node]] = [[]]
-    count = 0
-    for node in model.graph:
-        if count >= MOST_LAYERS and node.op_type == _NORM:
-            groups.append([])
-            count = 0
-        groups[-1].append(node)
-        count += node.name in products
-    made = {str(value.name): -1 for value in model.graph.inputs}
-    made |= {str(v.name): i for i, nodes in enumerate(groups) for node in nodes for v in node.outputs if v.name}
-    needed = [reads(nodes) for nodes in groups]
-    last = {name: index for index, names in enumerate(needed) for name in names}
-    last |= dict.fromkeys((str(value.name) for value in model.graph.outputs), len(groups))
-    found = []
-    for index, nodes in enumerate(groups):
-        live = [name for name, at in made.items() if at < index and last.get(name, -1) >= index]
-        outputs = [name for name, at in made.items() if at <= index and last.get(name, -1) > index]
-        found.append(Piece(f"piece {index + 1} of {len(groups)}", nodes, tuple(live), tuple(outputs)))
-    return found
 
 
 class GraphWalk:
@@ -252,29 +199,15 @@ class GraphBlock:
 
     def _conv_group(self, names: tuple[str, ...]) -> InputGroup:
         """Convolutions of one tensor; the layer before takes a factor where it has one kernel of columns to go to."""
-        positions = {math.prod(self.kernel(name)) for name in names}
+        positions = {math.prod(kernel_of(self._sites[name])) for name in names}
         width = self._sites[names[0]].facts.weight_shape[1]
-        if len(positions) > 1 or any(self._is_grouped(name) for name in names):
+        if len(positions) > 1 or any(is_grouped(self._sites[name]) for name in names):
             return InputGroup(names, width, None, None, takes_scale=False)
         (inside,) = positions
         columns = torch.arange(width // inside).repeat_interleave(inside)
         maker = self._maker(names)
         fold = None if maker is None else Fold(maker, torch.arange(width // inside))
         return InputGroup(names, width // inside, fold, columns, takes_scale=fold is not None)
-
-    def read_by(self, layer: str) -> str:
-        """The tensor that meets a weight."""
-        return str(self._sites[layer].operands[Slot.INPUT].value.name)
-
-    def kernel(self, layer: str) -> tuple[int, ...]:
-        """Of a convolution; nothing for a matrix."""
-        view = self._sites[layer].view
-        assert view is not None
-        return view.shape[2:]
-
-    def _is_grouped(self, layer: str) -> bool:
-        node = self._sites[layer].product
-        return node is not None and node.attributes.get_int("group", 1) > 1
 
     def _maker(self, names: tuple[str, ...]) -> str | None:
         """The layer of this piece whose channels only these read, and whose weight and bias can take a factor."""
@@ -310,7 +243,7 @@ class GraphBlock:
         value = sites[0].operands[Slot.INPUT].value
         norm = value.producer()
         readers = {site.product.name for site in sites if site.product is not None}
-        if norm is None or norm.op_type != _NORM or norm not in self.piece.nodes or value.is_graph_output():
+        if norm is None or norm.op_type != NORM or norm not in self.piece.nodes or value.is_graph_output():
             return None
         alone = {user.name for user in value.consumers()} <= readers
         return norm if alone and all(v is None or v.is_initializer() for v in norm.inputs[1:]) else None
@@ -418,13 +351,13 @@ class GraphBlock:
     def targets(self) -> Iterator[Sequence[Tensor]]:
         """See ``Block.targets``."""
         for entry in self._targets:
-            yield _floats(self.walk.get(entry))
+            yield floats_of(self.walk.get(entry))
 
     def run(self, inputs: int, weights: Mapping[str, Tensor] | None = None) -> Sequence[Tensor]:
         """See ``Block.run``; onnxruntime has no gradients and no weights for one call."""
         if weights:
             raise UserError(f"block '{self.name}': steps that learn by gradients need the model in torch, not a graph")
-        return _floats(self._float(self.walk.get(self.walk.live[inputs])))
+        return floats_of(self._float(self.walk.get(self.walk.live[inputs])))
 
     def probe(self, *, as_before: bool = False) -> Sequence[Tensor]:
         """See ``Block.probe``; no choices are made again."""
@@ -436,20 +369,20 @@ class GraphBlock:
 
     def _float(self, fed: Arrays, extra: Sequence[str] = ()) -> Arrays:
         """The piece in full precision, with some tensors inside."""
-        return _run(self.calibration.model, self.piece, fed, extra)
+        return PieceSession(self.calibration.model, self.piece, extra).run(fed)
 
     def gather(self, needs: frozenset[Need]) -> None:
         """See ``Block.gather``."""
         self._needs = needs
-        rows = _Rows(self, self._layers, needs)
-        session = _Session(self.calibration.model, self.piece, [*rows.tensors, *self._observed()])
+        rows = self._rows(self._layers, needs)
+        session = PieceSession(self.calibration.model, self.piece, [*rows.tensors, *self._observed()])
         for index in self.inputs():
             other = session.run(self.walk.get(self.walk.full[index])) if self.walk.keeps else None
             found = session.run(self.walk.get(self.walk.live[index]))
             self._look(found)
             rows.take(index, found, other)
             if index == 0:
-                self._reference = _floats({name: found[name] for name in self.piece.outputs if name in found})
+                self._reference = floats_of({name: found[name] for name in self.piece.outputs if name in found})
             if Need.OUTPUTS in needs:
                 self._targets.append(self.walk.keep({n: found[n] for n in self.piece.outputs}))
             if not self.walk.is_quantized:
@@ -460,26 +393,19 @@ class GraphBlock:
 
     def gather_again(self, layers: Sequence[str]) -> None:
         """See ``Block.gather_again``: the graph has its weights in full precision, and fixed ones for as long."""
-        again = _Rows(self, layers, self._needs & {Need.GRAM, Need.CROSS}, pairs_all=True)
+        again = self._rows(layers, self._needs & {Need.GRAM, Need.CROSS}, pairs_all=True)
         fixed = [name for name in self._layers if name in self.calibration.weights]
-        full = _Session(self.calibration.model, self.piece, again.tensors) if self.walk.keeps else None
+        full = PieceSession(self.calibration.model, self.piece, again.tensors) if self.walk.keeps else None
         with self.calibration.computing_with_fixed(fixed):
-            session = _Session(self.calibration.model, self.piece, again.tensors)
+            session = PieceSession(self.calibration.model, self.piece, again.tensors)
         for index in self.inputs():
             other = None if full is None else full.run(self.walk.get(self.walk.full[index]))
             again.take(index, session.run(self.walk.get(self.walk.live[index])), other)
         self._statistics |= again.statistics()
 
-    def has_rows(self, layer: str) -> bool:
-        """Whether every row of the weight meets the same vectors; not so in groups."""
-        operation = self._sites[layer].facts.operation
-        return operation == "linear" or (operation == "conv" and not self._is_grouped(layer))
-
-    def rows(self, layer: str, value: np.ndarray[Any, Any]) -> Tensor:
-        """``(rows, in_features)`` vectors that meet the weight."""
-        x, node = tensor_of(value), self._sites[layer].product
-        assert node is not None
-        return rows_of(node, x, self.kernel(layer)) if self.kernel(layer) else x.flatten(0, -2)
+    def _rows(self, layers: Iterable[str], needs: frozenset[Need], *, pairs_all: bool = False) -> Rows:
+        sites = {name: self._sites[name] for name in layers}
+        return Rows(sites, needs if self.walk.keeps else needs - {Need.CROSS}, self.walk.tokens, pairs_all=pairs_all)
 
     def _observed(self) -> list[str]:
         return self.calibration.observed_in(self._sites)
@@ -491,7 +417,7 @@ class GraphBlock:
         """See ``Block.settle``."""
         if self._has_folded and (observed := self._observed()):
             self.calibration.forget(self._sites)
-            session = _Session(self.calibration.model, self.piece, observed)
+            session = PieceSession(self.calibration.model, self.piece, observed)
             for index in self.inputs():
                 self._look(session.run(self.walk.get(self.walk.live[index])))
         return self.calibration.settle(self._sites)
@@ -509,11 +435,11 @@ class GraphBlock:
         """See ``Block.advance``."""
         error = None
         if self.walk.num_batches and self.walk.is_quantized:
-            session = _Session(self.calibration.simulated(self._sites), self.piece, ())
+            session = PieceSession(self.calibration.simulated(self._sites), self.piece, ())
             for index in self.inputs():
                 found = session.run(self.walk.get(self.walk.live[index]))
                 if index == 0:
-                    error = relative_error(_floats(found), self._reference)
+                    error = relative_error(floats_of(found), self._reference)
                 self.walk.replace(self.walk.live, index, found)
         for waiting, entries in ((self._next, self.walk.live), (self._next_full, self.walk.full)):
             for index, entry in enumerate(waiting):
@@ -523,83 +449,3 @@ class GraphBlock:
             self.walk.store.drop(entry[1])
         self._targets, self._reference, self._statistics = [], [], {}
         return error
-
-
-class _Rows:
-    """Sums up what layers of a piece read: once for all that read the same tensor.
-
-    Args:
-        block: Knows how rows of a tensor meet a weight.
-        layers: Whose sums are wanted.
-        needs: What to gather.
-        pairs_all: ``CROSS`` is of all of them, not only of those that read what the first one reads.
-    """
-
-    def __init__(
-        self, block: GraphBlock, layers: Sequence[str], needs: frozenset[Need], *, pairs_all: bool = False
-    ) -> None:
-        self._block = block
-        self._read = {layer: block.read_by(layer) for layer in layers if block.has_rows(layer)}
-        self._leaders = {layer: layer if block.kernel(layer) else tensor for layer, tensor in self._read.items()}
-        self._sources = {leader: layer for layer, leader in reversed(self._leaders.items())}
-        unpaired = needs - {Need.CROSS}
-        first = next(iter(self._leaders.values()), "")
-        self._gatherers = {
-            leader: Gatherer(
-                needs if block.walk.keeps and (pairs_all or leader == first) else unpaired, block.walk.num_batches
-            )
-            for leader in dict.fromkeys(self._leaders.values())
-        }
-
-    @property
-    def tensors(self) -> list[str]:
-        """What has to be looked at."""
-        return list(dict.fromkeys(self._read.values()))
-
-    def take(self, index: int, found: Arrays, full: Arrays | None) -> None:
-        """Take in one batch, as the quantized path gave it, and as the unquantized one did."""
-        for leader, gatherer in self._gatherers.items():
-            layer, name = self._sources[leader], self._read[self._sources[leader]]
-            rows = self._block.rows(layer, found[name])
-            other = None if full is None or Need.CROSS not in gatherer.needs else self._block.rows(layer, full[name])
-            kept = kept_rows(self._block.walk.tokens[index], found[name].shape, len(rows))
-            try:
-                gatherer.update(rows, other, kept)
-            except NotFiniteError as error:
-                raise NotFiniteError(f"tensor '{name}': {error}") from error
-
-    def statistics(self) -> dict[str, InputStatistics]:
-        """Layer -> sums."""
-        known = {leader: gatherer.statistics() for leader, gatherer in self._gatherers.items()}
-        return {layer: known[leader] for layer, leader in self._leaders.items()}
-
-
-class _Session:
-    """One piece of a model, ready to run; what passes through untouched is passed on."""
-
-    def __init__(self, model: ir.Model, piece: Piece, extra: Sequence[str]) -> None:
-        values = {str(value.name) for node in piece.nodes for value in node.outputs}
-        self.wanted = list(dict.fromkeys([*piece.outputs, *extra]))
-        self.made = [name for name in self.wanted if name in values]
-        self.session = None
-        if self.made:
-            graph = ir.convenience.extract(model.graph, list(piece.inputs), self.made)
-            self.session = session_of(
-                ir.Model(graph, ir_version=model.ir_version, functions=list(model.functions.values()))
-            )
-
-    def run(self, fed: Arrays) -> Arrays:
-        """Everything wanted, by name."""
-        found = dict(fed)
-        if self.session is not None:
-            given = {value.name: fed[value.name] for value in self.session.get_inputs()}
-            found |= dict(zip(self.made, self.session.run(self.made, given), strict=True))
-        return {name: found[name] for name in self.wanted}
-
-
-def _run(model: ir.Model, piece: Piece, fed: Arrays, extra: Sequence[str]) -> Arrays:
-    return _Session(model, piece, extra).run(fed)
-
-
-def _floats(arrays: Arrays) -> list[Tensor]:
-    return [tensor for tensor in map(tensor_of, arrays.values()) if tensor.is_floating_point()]
