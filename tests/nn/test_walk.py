@@ -378,3 +378,33 @@ def test_padding_is_in_no_sum():
         block.gather(frozenset({Need.GRAM}))
         again = block.statistics(block.layers()[0])
     torch.testing.assert_close(again.gram, found.gram)
+
+
+class Windows(nn.Module):
+    """Convolutions of one tensor that meet it by other windows, as beside a shortcut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 1)
+        self.wide, self.narrow, self.deep = nn.Conv2d(4, 6, 3, 2, 1), nn.Conv2d(4, 6, 1, 2), nn.Conv2d(4, 6, 3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.relu(self.stem(x))
+        out: Tensor = self.wide(hidden) + self.narrow(hidden) * self.deep(hidden)
+        return out
+
+
+def test_convolutions_of_one_tensor_with_other_windows_have_statistics_of_their_own(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Windows().eval(), torch.randn(8, 3, 8, 8)
+    run = octavo.quantize(model, "best:int8", [x])
+    with torch.no_grad():
+        quantized = model(x)
+        octavo.save(run, tmp_path / "run")
+        assert torch.equal(octavo.load(tmp_path / "run", Windows(), sample=x).model.eval()(x), quantized)
+    with Store() as store:
+        door = prepared(Windows().eval(), x)
+        (block,) = list(walked(door, [x], store))
+        block.gather(frozenset({Need.GRAM}))
+        assert {group.layers for group in block.groups()} >= {("wide", "deep"), ("narrow",)}
+        assert {block.statistics(name).gram.shape[-1] for name in ("wide", "narrow")} == {36, 4}  # type: ignore[union-attr]

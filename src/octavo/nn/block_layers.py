@@ -193,6 +193,14 @@ class BlockLayer:
         return None
 
     @property
+    def geometry(self) -> object:
+        """How a convolution moves over its input: layers with another one meet other rows of it."""
+        conv = self.holder
+        if not isinstance(conv, _CONVOLUTIONS):
+            return None
+        return conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
+
+    @property
     def is_grouped(self) -> bool:
         """A convolution whose kernels meet some of the channels each."""
         return isinstance(self.holder, _CONVOLUTIONS) and self.holder.groups > 1

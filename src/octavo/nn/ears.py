@@ -40,7 +40,7 @@ class Ears:
         self._pairs_all = leader is not None
         self.channels: dict[str, int] = {}
         self.gatherers: dict[str, Gatherer] = {}
-        self._heard: dict[tuple[int, int], tuple[Tensor, int, str]] = {}
+        self._heard: dict[tuple[int, int, object], tuple[Tensor, int, str]] = {}
         self.sums: dict[str, tuple[Tensor, int]] = {}
         """Convolution in groups -> sum of the patches that its kernel meets, all channels, and how many they are."""
         self._is_first = False
@@ -51,7 +51,7 @@ class Ears:
     def hear(self, name: str, x: Tensor) -> None:
         """Layer ``name`` reads ``x``."""
         layer = self.layers[name]
-        if not self._leads(name, x, -1, lambda: layer.num_channels(x)):
+        if not self._leads(name, x, -1, lambda: layer.num_channels(x), layer.geometry):
             return
         rows = layer.rows(x)
         if rows is None:
@@ -80,14 +80,14 @@ class Ears:
         if not self._is_first and self._leads(name, x, part, lambda: rows.shape[-1]):
             self._take(name, x, (rows, None), self.needs - {Need.CROSS})
 
-    def _leads(self, name: str, x: Tensor, part: int, num_channels: Callable[[], int]) -> bool:
-        """Whether ``name`` is the first of those that read ``x``."""
+    def _leads(self, name: str, x: Tensor, part: int, num_channels: Callable[[], int], geometry: object = None) -> bool:
+        """Whether ``name`` is the first of those that read ``x`` alike."""
         if name not in self.leader:
             version = -1 if x.is_inference() else x._version
-            known = self._heard.get((id(x), part))
+            known = self._heard.get((id(x), part, geometry))
             is_same = known is not None and known[0] is x and known[1] == version
             leader = known[2] if known is not None and is_same else name
-            self._heard.setdefault((id(x), part), (x, version, leader))
+            self._heard.setdefault((id(x), part, geometry), (x, version, leader))
             self.leader[name] = leader
             self.channels[name] = num_channels()
         return self.leader[name] == name

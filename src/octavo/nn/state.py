@@ -33,7 +33,7 @@ def restore_layers(model: nn.Module, layers: Iterable[LayerSnapshot]) -> None:
     for quantizer in activations.values():
         quantizer.mode = Mode.QUANTIZE if quantizer.spec.is_dynamic else Mode.OFF
     weights = block_layers(model, list(quantizers(model)))
-    transforms: dict[str, InputTransform] = {}
+    transforms: dict[object, InputTransform] = {}
     for stored in layers:
         for slot, activation in stored.activations.items():
             if activation.scale is not None:
@@ -45,7 +45,7 @@ def restore_layers(model: nn.Module, layers: Iterable[LayerSnapshot]) -> None:
             _restore_extras(stored, layer, transforms)
 
 
-def _restore_extras(stored: LayerSnapshot, layer: BlockLayer, shared: dict[str, InputTransform]) -> None:
+def _restore_extras(stored: LayerSnapshot, layer: BlockLayer, shared: dict[object, InputTransform]) -> None:
     """Put the scale or rotation of the input, and the low-rank branch, where they were."""
     if stored.pre_scale is not None or stored.input_rotation:
         layer.set_transform(_transform(stored, layer, shared))
@@ -54,9 +54,9 @@ def _restore_extras(stored: LayerSnapshot, layer: BlockLayer, shared: dict[str, 
         layer.set_branch(a, b)
 
 
-def _transform(stored: LayerSnapshot, layer: BlockLayer, shared: dict[str, InputTransform]) -> InputTransform:
-    """One for all modules that read the same tensor, and so divide and rotate it alike; one for a function's call."""
-    group = stored.fusion_group if layer.caller is None else ""
+def _transform(stored: LayerSnapshot, layer: BlockLayer, shared: dict[object, InputTransform]) -> InputTransform:
+    """One for all modules that read the same tensor alike, and so divide and rotate it; one for a function's call."""
+    group = (stored.fusion_group, layer.geometry) if layer.caller is None and stored.fusion_group else None
     found = shared.get(group) if group else None
     if found is not None:
         found.memory.num_readers += 1

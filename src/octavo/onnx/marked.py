@@ -66,7 +66,7 @@ def simulated(model: ir.Model, plan: Plan, sites: Mapping[str, GraphSite], found
             value = copy.graph.initializers[site.facts.weight_name]
             array = array_of(rounded(site, found.weights[site.facts.name]))
             value.const_value = ir.Tensor(np.ascontiguousarray(array), name=value.name)
-    lower(copy, Style(), opset=BASE_OPSET)
+    lower(copy, Style(spells_relu=True), opset=BASE_OPSET)  # onnxruntime runs it
     return copy
 
 
