@@ -83,7 +83,12 @@ class Readings:
         for names, known in self.parts:
             spec = block.input_spec(names[0])
             readers = [
-                Reader.of(block.read_weight(name), block.weight_spec(name).format, num_readers=num_readers)
+                Reader.of(
+                    block.read_weight(name),
+                    block.weight_spec(name).format,
+                    num_readers=num_readers,
+                    is_searched=is_searched,
+                )
                 for name in names
             ]
             fmt = None if spec is None else spec.format

@@ -26,6 +26,7 @@ from octavo.spec.element import CodebookFormat, FloatFormat
 from octavo.spec.tensor_format import PerGroup, TensorFormat
 
 _MOST_ROWS = 128  # of a weight: enough to tell factors apart
+_MOST_ROWS_SEARCHED = 384  # the same where there is no matrix product: luck of few rows looks like a better factor
 _FEWEST_ROWS = 16
 _MOST_ROWS_TOGETHER = 1024  # of all weights that one factor is for (experts)
 _FLOAT_NOISE = 0.144  # mean squared error of rounding to a float, over its square, times 4^(mantissa bits + 1)
@@ -47,9 +48,10 @@ class Reader:
     format: TensorFormat
 
     @classmethod
-    def of(cls, weight: Tensor, fmt: TensorFormat, *, num_readers: int = 1) -> Reader:
+    def of(cls, weight: Tensor, fmt: TensorFormat, *, num_readers: int = 1, is_searched: bool = False) -> Reader:
         """Evenly spaced rows where there are many; fewer where ``num_readers`` are judged together."""
-        most = max(_FEWEST_ROWS, min(_MOST_ROWS, _MOST_ROWS_TOGETHER // num_readers))
+        wanted = _MOST_ROWS_SEARCHED if is_searched else _MOST_ROWS
+        most = max(_FEWEST_ROWS, min(wanted, _MOST_ROWS_TOGETHER // num_readers))
         return cls(weight.float()[:: -(-weight.shape[0] // most)], fmt)
 
 
