@@ -1,18 +1,23 @@
-"""One encoder through both doors: do a torch model and its graph get the same ranges, codes and quality?
+"""One model through both doors: do a torch model and its graph get the same ranges, codes and quality?
 
     python -m benchmarks.onnx.doors [--recipes int8 int4-awq ...] [--samples 64] [--json]
+    python -m benchmarks.onnx.doors --nets [--recipes int8 fp8 ...] [--targets onnxruntime-cpu tensorrt] [--json]
 
-Both are calibrated with the same texts for the same target. Ranges: the largest relative difference of an activation's
-scale. Codes: the share of equal weight codes. Cosine: of embeddings to the unquantized ones, simulated by torch, by the
-graph's door, and of the exported file in onnxruntime.
+The model is an encoder, or with ``--nets`` two convolutional nets with batch norms and residual sums. Both doors are
+calibrated with the same data for the same target. Ranges: the largest relative difference of an activation's scale.
+Codes: the share of equal weight codes. Cosine: of embeddings to the unquantized ones, simulated by torch, by the
+graph's door, and of the exported file in onnxruntime. Of nets it is the accuracy on 500 digits; the file is the torch
+door's, and is run where it is for onnxruntime.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +25,15 @@ import numpy as np
 import torch
 from benchmarks.data.files import check_sums
 from benchmarks.machine import describe_machine, one_line
+from benchmarks.onnx import nets
 from benchmarks.onnx.encoder import cosine, embeddings, open_session, prepare
 
 from octavo import pipeline
+from octavo.numerics.arrays import tensors_in
+from octavo.onnx.fusion import fusion_of
 from octavo.sources import open_model
 
+NET_RECIPES = ("int8", "fp8", "int8-weight-only", "best:int8")
 RECIPES = ("int8", "int8-smoothquant", "best:int8", "int4-group", "int4-awq", "int4-gptq", "best:int4-group")
 TARGET = "onnxruntime-cpu"
 BATCH = 8
@@ -92,16 +101,80 @@ def compare(recipe: str, place: Path, samples: int) -> dict[str, Any]:
     return row | differences(runs["torch"], runs["graph"])
 
 
+@torch.no_grad()
+def accuracy_of(run: pipeline.Run) -> float:
+    """As octavo simulates it."""
+    images, labels = (part[nets.NUM_TRAINED :] for part in nets.digits())
+    (logits,) = tensors_in(run.model(images))
+    return float((logits.argmax(1) == labels).float().mean())
+
+
+def compare_net(name: str, net: torch.nn.Module, recipe: str, target: str, place: Path) -> dict[str, Any]:
+    """One recipe for one target through both doors."""
+    images = nets.digits()[0]
+    batches = [images[i : i + 32] for i in range(0, 128, 32)]
+    graph = place / f"{name}.onnx"
+    row: dict[str, Any] = {"net": name, "recipe": recipe, "target": target, "fp32 accuracy": nets.accuracy(graph)}
+    runs = {}
+    for door, source in (("torch", copy.deepcopy(net)), ("graph", open_model(graph))):
+        runs[door] = pipeline.quantize(source, recipe, batches, target=target)
+        row[f"{door} accuracy"] = accuracy_of(runs[door])
+    out = pipeline.export(runs["torch"], place / "file", layout="onnx", sample=images[:4])
+    checked = pipeline.verify(out, runs["torch"], [images[nets.NUM_TRAINED : nets.NUM_TRAINED + 64]])
+    row["file agrees"] = checked.agrees
+    if target.startswith("onnxruntime"):
+        row |= {
+            "file accuracy": nets.accuracy(out / "model.onnx"),
+            "unfused": list(fusion_of(out / "model.onnx").unfused),
+        }
+    plans = [dict(run.plan.quantizers()) for run in runs.values()]
+    return row | {"equal plans": plans[0] == plans[1], **differences(runs["torch"], runs["graph"])}
+
+
+def report_nets(recipes: Sequence[str], targets: Sequence[str]) -> list[dict[str, Any]]:
+    """Every net, recipe and target."""
+    rows = []
+    with tempfile.TemporaryDirectory() as directory:
+        for name in nets.NETS:
+            net = nets.trained(name)
+            nets.write_graph(net, Path(directory, f"{name}.onnx"))
+            cases = [(recipe, target) for recipe in recipes for target in targets]
+            rows += [compare_net(name, net, recipe, target, Path(directory)) for recipe, target in cases]
+    return rows
+
+
+def print_nets(rows: Sequence[dict[str, Any]]) -> None:
+    """A line for each."""
+    heads = ("plans", "codes", "ranges", "fp32", "torch", "graph", "file", "agrees")
+    print(f"{'':48}" + "".join(f"{head:>9}" for head in heads))
+    for row in rows:
+        places = [row[f"{name} accuracy"] for name in ("fp32", "torch", "graph")] + [row.get("file accuracy")]
+        cells = [f"{'equal' if row['equal plans'] else 'differ':>9}", f"{row['equal codes']:9.2%}"]
+        cells += [f"{row['range difference'][0]:9.1e}", *("        -" if x is None else f"{x:9.3f}" for x in places)]
+        print(f"{row['net']:11}{row['recipe']:18}{row['target']:19}{''.join(cells)}{row['file agrees']!s:>9}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipes", nargs="*", default=list(RECIPES))
+    parser.add_argument("--recipes", nargs="*")
+    parser.add_argument("--nets", action="store_true", help="convolutional nets in place of the encoder")
+    parser.add_argument("--targets", nargs="*", default=[TARGET, "tensorrt"], help="of the nets")
     parser.add_argument("--samples", type=int, default=64, help="texts of 128 tokens to calibrate with")
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
+    if asked.nets:
+        rows = report_nets(asked.recipes or NET_RECIPES, asked.targets)
+        machine = describe_machine()
+        if asked.json:
+            print(json.dumps({"machine": machine, "results": rows}, indent=1))
+        else:
+            print(one_line(machine))
+            print_nets(rows)
+        return
     check_sums()
     with tempfile.TemporaryDirectory() as name:
         prepare(Path(name))
-        rows = [compare(recipe, Path(name), asked.samples) for recipe in asked.recipes]
+        rows = [compare(recipe, Path(name), asked.samples) for recipe in asked.recipes or RECIPES]
     machine = describe_machine()
     if asked.json:
         print(json.dumps({"machine": machine, "results": rows}, indent=1))
