@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial, reduce
 from typing import Any, Protocol
@@ -17,7 +18,7 @@ from octavo.nn.block_layers import BlockLayer, block_layers
 from octavo.nn.block_state import bring_back, state_of, versions
 from octavo.nn.calls import KeptTree, Tree, floating
 from octavo.nn.choices import Choices
-from octavo.nn.ears import Ears
+from octavo.nn.ears import Ears, Enough
 from octavo.nn.experts import ExpertWatch
 from octavo.nn.extras import INPUT_TRANSFORM, InputTransform, Listener, LowRank
 from octavo.nn.flow import Link, LinkFinder, Producer, Trial, divide_columns
@@ -134,6 +135,7 @@ class TorchBlock:
         self._has_folded = False
         self._needs: frozenset[Need] = frozenset()
         self._unrounded: dict[str, Tensor] = {}
+        self._calls: Counter[str] = Counter()
         self._means: dict[str, Tensor] = {}
         self._folds_only = folds_only
         self._model = model
@@ -490,7 +492,7 @@ class TorchBlock:
                     self._targets.append(KeptTree.of(output, self._store))
         if not self._is_quantized and self.feed.num_batches:
             self._reference = list(self._probe())
-        self._leader, self._channels = ears.leader, ears.channels
+        self._leader, self._channels, self._calls = ears.leader, ears.channels, ears.calls
         self._statistics = {name: gatherer.statistics() for name, gatherer in ears.gatherers.items()}
         self._means = {name: total / count for name, (total, count) in ears.sums.items()}
 
@@ -500,14 +502,17 @@ class TorchBlock:
         pairs, sites = Need.CROSS in self._needs and self._keeps_full, {site_of(name) for name in layers}
         chosen = {name: layer for name, layer in self._layers.items() if name in sites}
         needs = self._needs & {Need.GRAM, Need.CROSS}
-        ears = Ears(chosen, needs, self.feed.num_batches, pairs=pairs, leader=self._leader)
+        ears = Ears(
+            chosen, needs, self.feed.num_batches, pairs=pairs, leader=self._leader, enough=self._once_heard(chosen)
+        )
         with self._listening(ears, after=True), self._modes(lambda q: Mode.OFF):
             for index in self.inputs():
                 ears.tokens = self.feed.tokens(index)
                 if pairs:
-                    with ears.first_of_pair(), self._computing_with(self._unrounded):
+                    with ears.first_of_pair(), self._computing_with(self._unrounded), suppress(Enough):
                         self.feed.run(index, full=True)
-                self.feed.run(index)
+                with suppress(Enough):
+                    self.feed.run(index)
                 ears.forget()
         self._statistics |= {name: gatherer.statistics() for name, gatherer in ears.gatherers.items()}
 
@@ -576,6 +581,12 @@ class TorchBlock:
         return error
 
     # How that is done
+
+    def _once_heard(self, layers: Iterable[str]) -> int:
+        """How many inputs of these layers a forward gives, where each comes once; 0 where that is not known."""
+        leaders = {self._leader.get(name, "") for name in layers}
+        once = all(self._calls[leader] == self.feed.num_batches for leader in leaders)
+        return len(leaders) if once else 0
 
     def _observing_mode(self, quantizer: Quantizer) -> Mode:
         """Ranges that follow from the statistics are not observed a second time."""

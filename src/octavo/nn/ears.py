@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -10,6 +11,10 @@ from torch import Tensor
 from octavo.nn.block_layers import BlockLayer
 from octavo.numerics.observers import NotFiniteError
 from octavo.numerics.statistics import Gatherer, Need, kept_rows
+
+
+class Enough(Exception):
+    """Everything that was listened for in a forward has been heard."""
 
 
 class Ears:
@@ -22,6 +27,7 @@ class Ears:
         pairs: Inputs come by the unquantized path first, and then by the quantized one.
         leader: Layer -> the first that reads the same tensor, where that is known; pairs are then of interest for all
             of them, else for those that read what the first layer reads.
+        enough: Inputs of modules after which a forward is ended by ``Enough``; 0: it runs to its end.
     """
 
     def __init__(
@@ -32,6 +38,7 @@ class Ears:
         *,
         pairs: bool,
         leader: Mapping[str, str] | None = None,
+        enough: int = 0,
     ) -> None:
         self.layers = layers
         self.num_batches = num_batches
@@ -45,6 +52,9 @@ class Ears:
         """Convolution in groups -> sum of the patches that its kernel meets, all channels, and how many they are."""
         self._is_first = False
         self._first: dict[str, list[Tensor]] = {}
+        self._enough, self._in_forward = enough, 0
+        self.calls: Counter[str] = Counter()
+        """Layer -> times that it was heard."""
         self.tokens: Tensor | None = None
         """``(batch, length)``: which positions of the batch that runs hold no padding; ``None`` for all."""
 
@@ -60,9 +70,13 @@ class Ears:
         is_paired = Need.CROSS in self.needs and (self._pairs_all or name == next(iter(self.leader)))
         if self._is_first:
             self._first.setdefault(name, []).extend([rows] if is_paired else ())
-            return
-        full = self._first[name].pop(0) if is_paired else None
-        self._take(name, x, (rows, full), self.needs if is_paired else self.needs - {Need.CROSS})
+        else:
+            full = self._first[name].pop(0) if is_paired else None
+            self._take(name, x, (rows, full), self.needs if is_paired else self.needs - {Need.CROSS})
+            self.calls[name] += 1
+        self._in_forward += 1
+        if self._in_forward == self._enough:
+            raise Enough
 
     def _add_patches(self, name: str, layer: BlockLayer, x: Tensor) -> None:
         if Need.MEAN not in self.needs or self._is_first or not layer.is_grouped:
@@ -109,9 +123,11 @@ class Ears:
             yield
         finally:
             self._is_first = False
+            self._in_forward = 0
             self._heard.clear()
 
     def forget(self) -> None:
         """A forward is over."""
+        self._in_forward = 0
         self._heard.clear()
         self._first.clear()

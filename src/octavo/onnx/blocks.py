@@ -369,13 +369,15 @@ class GraphBlock:
 
     def _float(self, fed: Arrays, extra: Sequence[str] = ()) -> Arrays:
         """The piece in full precision, with some tensors inside."""
-        return PieceSession(self.calibration.model, self.piece, extra).run(fed)
+        return PieceSession(self.calibration.model, self.piece, [*self.piece.outputs, *extra]).run(fed)
 
     def gather(self, needs: frozenset[Need]) -> None:
         """See ``Block.gather``."""
         self._needs = needs
         rows = self._rows(self._layers, needs)
-        session = PieceSession(self.calibration.model, self.piece, [*rows.tensors, *self._observed()])
+        session = PieceSession(
+            self.calibration.model, self.piece, [*self.piece.outputs, *rows.tensors, *self._observed()]
+        )
         for index in self.inputs():
             other = session.run(self.walk.get(self.walk.full[index])) if self.walk.keeps else None
             found = session.run(self.walk.get(self.walk.live[index]))
@@ -435,7 +437,7 @@ class GraphBlock:
         """See ``Block.advance``."""
         error = None
         if self.walk.num_batches and self.walk.is_quantized:
-            session = PieceSession(self.calibration.simulated(self._sites), self.piece, ())
+            session = PieceSession(self.calibration.simulated(self._sites), self.piece, self.piece.outputs)
             for index in self.inputs():
                 found = session.run(self.walk.get(self.walk.live[index]))
                 if index == 0:

@@ -68,11 +68,11 @@ def pieces_of(model: ir.Model, sites: Iterable[GraphSite]) -> list[Piece]:
 
 
 class PieceSession:
-    """One piece of a model, ready to run; what passes through untouched is passed on."""
+    """One piece of a model, ready to run as far as some tensors need it; what passes through untouched is passed on."""
 
-    def __init__(self, model: ir.Model, piece: Piece, extra: Sequence[str]) -> None:
+    def __init__(self, model: ir.Model, piece: Piece, wanted: Sequence[str]) -> None:
         values = {str(value.name) for node in piece.nodes for value in node.outputs}
-        self.wanted = list(dict.fromkeys([*piece.outputs, *extra]))
+        self.wanted = list(dict.fromkeys(wanted))
         self.made = [name for name in self.wanted if name in values]
         self.session = None
         if self.made:

@@ -57,7 +57,7 @@ class Gptq(Options):
     ``act_order`` starts with the columns whose inputs are largest; groups stay where they are. ``scales`` says by what
     error scales are chosen beforehand, and ``sweeps`` how often codes and scales are gone over again afterwards.
     ``asymmetric`` moves weights to make up for the blocks before (arXiv:2504.02692). ``sequential`` lets layers learn
-    from what those before them in the block were rounded to, for two more forwards of the block each time.
+    from what those before them in the block were rounded to, for two more forwards up to there each time.
     """
 
     name: ClassVar[str] = "gptq"
