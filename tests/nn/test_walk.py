@@ -394,6 +394,14 @@ class Windows(nn.Module):
         return out
 
 
+def test_runtimes_get_no_scales_in_front_of_convolutions() -> None:
+    """They would leave integers there."""
+    for target, is_scaled in (("", True), ("onnxruntime-cpu", False)):
+        torch.manual_seed(0)
+        run = octavo.quantize(Windows().eval(), "int8-smoothquant", [torch.randn(8, 3, 8, 8)], target=target)
+        assert any(name.endswith("pre_scale") for name, _ in run.door.simulated_extras()) == is_scaled
+
+
 def test_convolutions_of_one_tensor_with_other_windows_have_statistics_of_their_own(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, x = Windows().eval(), torch.randn(8, 3, 8, 8)

@@ -37,6 +37,7 @@ from octavo.spec.recipe import Recipe, load_recipe
 from octavo.spec.records import ExpertsRecord, RunRecord
 from octavo.spec.resolve import resolve
 from octavo.spec.steps import fused_rotation
+from octavo.spec.targets import TARGETS
 from octavo.spec.version import VERSION
 
 logger = logging.getLogger(__name__)
@@ -245,7 +246,14 @@ def _fingerprint(
 
 
 def _folds_only(the_plan: Plan, layouts: Iterable[str]) -> frozenset[str]:
-    return frozenset().union(*(exporter(layout, LAYOUTS).folds_only(the_plan) for layout in layouts))
+    """Layers whose input takes a scale only where it can be folded into what makes it.
+
+    A runtime that computes convolutions in integers would leave integers for the scale in front of one.
+    """
+    of_layouts = frozenset().union(*(exporter(layout, LAYOUTS).folds_only(the_plan) for layout in layouts))
+    if the_plan.target not in TARGETS:
+        return of_layouts
+    return of_layouts | {d.site.name for d in the_plan.decisions if d.site.operation in ("conv", "conv_transposed")}
 
 
 def _calibrate(
