@@ -15,8 +15,9 @@ from torch import nn
 from octavo import pipeline
 from octavo.errors import UserError
 from octavo.numerics.qtensor import QTensor, quantize
+from octavo.onnx import runners
 from octavo.onnx.fp4_blocks import DOMAIN, NAME, add_fp4_function
-from octavo.onnx.tensorrt import is_installed
+from octavo.onnx.tensorrt import build_engines, is_installed
 from octavo.readers.graph_file import read_graphs
 from octavo.spec.formats import NVFP4
 from octavo.spec.recipe import Recipe
@@ -81,6 +82,43 @@ def test_a_file_means_what_was_simulated(tmp_path: Path, shape: tuple[int, ...],
         engine = graph["engines"]["Blackwell (SM120)"]
         assert engine["num_bytes"], engine["problem"]
         assert bool(engine["float_products"]) == (len(shape) == 4)
+
+
+class Heads(nn.Module):
+    """A layer behind a Reshape that leaves the width to be found, as attention in transformers does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(64, 128), nn.Linear(128, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        heads = self.up(x).unflatten(-1, (2, 64)).transpose(1, 2).contiguous()
+        lowered: torch.Tensor = self.down(heads.transpose(1, 2).reshape(*x.shape[:-1], -1))
+        return lowered
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not is_installed(), reason="needs the extra 'tensorrt'")
+def test_tensorrt_knows_the_width_behind_a_reshape(tmp_path: Path) -> None:
+    x = torch.randn(2, 16, 64)
+    run = pipeline.quantize(Heads().eval(), "nvfp4", [x], target="tensorrt")
+    out = pipeline.export(run, tmp_path / "onnx", layout="onnx", sample=x, dtype=torch.float16)
+    engine = build_engines(out / "model.onnx", {"x": (2, 16, 64)})["Blackwell (SM120)"]
+    assert engine.num_bytes, engine.problem
+    assert not engine.float_products
+
+
+def test_the_reference_evaluator_gathers_from_any_number(tmp_path: Path) -> None:
+    node = helper.make_node("GatherElements", ["x", "at"], ["y"], axis=1)
+    values = [("x", TensorProto.FLOAT, (1, 64)), ("at", TensorProto.INT64, (1, 40)), ("y", TensorProto.FLOAT, (1, 40))]
+    x, at, y = (helper.make_tensor_value_info(*value) for value in values)
+    graph = helper.make_graph([node], "one", [x, at], [y])
+    opsets = [helper.make_opsetid("", 21)]
+    (tmp_path / "g.onnx").write_bytes(helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString())
+    given = {"x": np.arange(64, dtype=np.float32)[None], "at": np.arange(40)[None]}
+    (found,) = runners._reference(tmp_path / "g.onnx", None, False).run(given)
+    assert np.array_equal(found, given["x"][:, :40])
 
 
 @pytest.mark.parametrize(

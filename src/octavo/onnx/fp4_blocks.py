@@ -45,7 +45,9 @@ def fp4_nodes(build: Build, x: ir.Value, scale: float, notes: Mapping[str, str])
     width = shape[-1]
     assert isinstance(width, int), "and what a weight's width is"
     is_flat = len(shape) in (2, 3)
-    source = x if is_flat else build.op("Reshape", x, build.const([-1, width], "INT64"))
+    # TensorRT has to know the width before it runs, and behind a Reshape to -1 it does not
+    target = [*[0] * (len(shape) - 1), width] if is_flat else [-1, width]
+    source = build.op("Reshape", x, build.const(target, "INT64"))
     outer = build.const(scale, "FLOAT")
     where = {"axis": -1, "block_size": FP4_GROUP, "scale_type": int(TensorProto.FLOAT8E4M3FN)}
     codes, scales = build.op(NAME, source, outer, num_outputs=2, domain=DOMAIN, **where)
