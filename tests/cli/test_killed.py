@@ -82,7 +82,7 @@ main()
 STEPS = """
 rules:
   - {select: "operation:linear", scheme: {weight: int4-channel, input: int8-tensor}}
-steps: [awq, gptq]
+steps: [{awq: {clip: false}}, gptq]
 """
 
 

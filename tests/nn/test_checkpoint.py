@@ -23,6 +23,7 @@ from zoo.table import made
 def recipe_of(weight: str, *steps: str, inputs: str | None = None) -> Recipe:
     scheme = {"weight": weight} | ({"input": inputs} if inputs else {})
     options: dict[str, dict[str, Any]] = {"learned_rounding": {"steps": 4}, "svdquant": {"rank": 4}}
+    options |= {"awq": {"clip": False}} if "gptq" in steps else {}
     return (
         Recipe("r", ())
         .quantize("operation:linear", **scheme)
@@ -62,7 +63,7 @@ RECIPES = {
     "smoothquant": recipe_of("int8-channel", "smoothquant", inputs="int8-tensor"),
     "awq, gptq": recipe_of("int4-channel", "awq", "gptq"),
     "rotate, svdquant, gptq": recipe_of("nvfp4", "rotate", "svdquant", "gptq", inputs="nvfp4"),
-    "gptaq": recipe_of("int4-channel").with_steps(make_step("gptq", {"asymmetric": True})),
+    "gptaq": recipe_of("int4-channel").with_steps(make_step("gptq", {"asymmetric": True, "sequential": True})),
     "residual, gptq": recipe_of("int4-channel").with_steps(
         make_step("rotate", {"where": ["residual", "heads"]}), make_step("gptq")
     ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from octavo.errors import UserError
-from octavo.spec.steps import STEPS, Gptq, SmoothQuant, Step, make_step, parse_step
+from octavo.spec.steps import STEPS, Gptq, SmoothQuant, Step, make_step, parse_step, require_order
 
 
 @pytest.mark.parametrize(
@@ -47,3 +47,33 @@ def test_a_mistake_is_named(written: object, message: str) -> None:
     with pytest.raises(UserError) as caught:
         parse_step(written)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        (
+            "awq gptq",
+            r"'gptq' rounds what 'awq' has rounded already: write awq: {clip: false}, or leave one of them out",
+        ),
+        ("hqq gptq", r"'gptq' rounds what 'hqq' has rounded already: give one of them other layers \(select\)"),
+        ("gptq smoothquant", r"'smoothquant' scales what 'gptq' has rounded already: put it before \(layer 'a'\)"),
+        ("scale_search svdquant", "'svdquant' branches off what 'scale_search' has rounded already: put it before"),
+        ("rotate equalize", "'equalize' scales what 'rotate' has rotated already: put it before"),
+    ],
+)
+def test_an_order_that_cannot_work_is_refused(steps: str, message: str) -> None:
+    work = [(make_step(name), frozenset({"a", name})) for name in steps.split()]
+    with pytest.raises(UserError, match=message):
+        require_order(work)
+    require_order([(step, layers - {"a"}) for step, layers in work])
+
+
+def test_orders_that_work() -> None:
+    for steps in (
+        "smoothquant rotate svdquant gptq bias_correction",
+        "equalize smoothquant hqq",
+        "gptq bias_correction",
+    ):
+        require_order([(make_step(name), frozenset({"a"})) for name in steps.split()])
+    require_order([(make_step("awq", {"clip": False}), frozenset({"a"})), (make_step("gptq"), frozenset({"a"}))])

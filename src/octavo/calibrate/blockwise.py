@@ -26,7 +26,7 @@ from octavo.report.clock import Clock
 from octavo.report.progress import Track, silent
 from octavo.spec.plan import Plan
 from octavo.spec.records import BlockRecord, StepRecord
-from octavo.spec.steps import Step, fused_rotation, matcher
+from octavo.spec.steps import Step, fused_rotation, matcher, require_order
 
 logger = logging.getLogger(__name__)
 
@@ -169,10 +169,12 @@ def matchers(plan: Plan, steps: Sequence[Step]) -> Mapping[Step, frozenset[str]]
     """The layers with a quantized weight that each step is for.
 
     Raises:
-        UserError: a step's pattern matches none of them.
+        UserError: a step's pattern matches none of them, or steps for one layer stand in no order that works.
     """
     weights = [decision.site for decision in plan.decisions if decision.weight is not None]
-    return {step: matcher(step, weights) for step in steps}
+    chosen = [(step, matcher(step, weights)) for step in steps]
+    require_order(chosen)
+    return dict(chosen)
 
 
 def _kept(block: Block, number: int, kept: Checkpoint, done: _Done) -> None:

@@ -34,6 +34,13 @@ class Options(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: ClassVar[str] = ""
+    moves: ClassVar[Literal["", "scales", "rotates", "branches off"]] = ""
+    """What it does to inputs and weights before they are rounded."""
+
+    @property
+    def fixes(self) -> bool:
+        """Weights are fixed afterwards."""
+        return False
 
     @property
     def leaves(self) -> str:
@@ -48,6 +55,7 @@ class SmoothQuant(Options):
     """
 
     name: ClassVar[str] = "smoothquant"
+    moves: ClassVar = "scales"
     alpha: Annotated[float, Field(ge=0, le=1)] | Literal["search"] = 0.5
 
 
@@ -69,6 +77,11 @@ class Gptq(Options):
     asymmetric: bool = False
     sequential: bool = False
 
+    @property
+    def fixes(self) -> bool:
+        """See ``Options.fixes``."""
+        return True
+
 
 class ScaleSearch(Options):
     """Rounds to nearest, with the scales that cost least of all that the format can store.
@@ -78,6 +91,11 @@ class ScaleSearch(Options):
 
     name: ClassVar[str] = "scale_search"
     measure: Measure = "gram"
+
+    @property
+    def fixes(self) -> bool:
+        """See ``Options.fixes``."""
+        return True
 
 
 class Awq(Options):
@@ -89,14 +107,21 @@ class Awq(Options):
     """
 
     name: ClassVar[str] = "awq"
+    moves: ClassVar = "scales"
     points: int = Field(default=33, ge=2)
     clip: bool = True
+
+    @property
+    def fixes(self) -> bool:
+        """See ``Options.fixes``."""
+        return self.clip
 
 
 class SvdQuant(Options):
     """Puts a low-rank branch in full precision beside a weight (arXiv:2411.05007); later steps round the rest."""
 
     name: ClassVar[str] = "svdquant"
+    moves: ClassVar = "branches off"
     rank: int = Field(default=32, ge=1)
     iterations: int = Field(default=2, ge=1)
 
@@ -115,6 +140,7 @@ class Rotate(Options):
     """
 
     name: ClassVar[str] = "rotate"
+    moves: ClassVar = "rotates"
     block: Annotated[int, Field(ge=2)] | Literal["group", "whole"] = "group"
     where: Annotated[tuple[Place, ...], Field(min_length=1)] = ("online",)
 
@@ -133,6 +159,7 @@ class Equalize(Options):
     """Evens out the ranges of two layers in a row, channel by channel; needs no data (arXiv:1906.04721)."""
 
     name: ClassVar[str] = "equalize"
+    moves: ClassVar = "scales"
     rounds: int = Field(default=2, ge=1)
 
 
@@ -142,6 +169,11 @@ class Hqq(Options):
     name: ClassVar[str] = "hqq"
     p: float = Field(default=0.7, gt=0, le=1)
     iterations: int = Field(default=20, ge=1)
+
+    @property
+    def fixes(self) -> bool:
+        """See ``Options.fixes``."""
+        return True
 
 
 class DoubleQuantization(Options):
@@ -178,6 +210,11 @@ class LearnedRounding(Options):
     name: ClassVar[str] = "learned_rounding"
     steps: int = Field(default=200, ge=1)
     rate: float = Field(default=0.01, gt=0, le=1)
+
+    @property
+    def fixes(self) -> bool:
+        """See ``Options.fixes``."""
+        return True
 
 
 STEPS: dict[str, type[Options]] = {
@@ -259,6 +296,33 @@ def fused_rotation(steps: Sequence[Step]) -> Rotate | None:
         )
     options = found[0].options if found else None
     return options if isinstance(options, Rotate) else None
+
+
+def require_order(work: Sequence[tuple[Step, frozenset[str]]]) -> None:
+    """Steps that move ranges come before rounding, scales before rotations, and a weight is rounded once.
+
+    Args:
+        work: Each step with the layers it is for, in order.
+
+    Raises:
+        UserError: two of them stand the other way round, for some layer.
+    """
+    for number, (later, layers) in enumerate(work):
+        for earlier, others in work[:number]:
+            why = _conflict(earlier.options, later.options) if layers & others else ""
+            if why:
+                raise UserError(f"steps: {why} (layer '{min(layers & others)}')")
+
+
+def _conflict(earlier: Options, later: Options) -> str:
+    if earlier.fixes and later.moves and not later.fixes:
+        return f"'{later.name}' {later.moves} what '{earlier.name}' has rounded already: put it before"
+    if earlier.fixes and later.fixes:
+        instead = "write awq: {clip: false}" if earlier.name == "awq" else "give one of them other layers (select)"
+        return f"'{later.name}' rounds what '{earlier.name}' has rounded already: {instead}, or leave one of them out"
+    if earlier.leaves == "rotation" and later.moves == "scales":
+        return f"'{later.name}' scales what '{earlier.name}' has rotated already: put it before"
+    return ""
 
 
 def matcher(step: Step, sites: Sequence[SiteFacts]) -> frozenset[str]:
