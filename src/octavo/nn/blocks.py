@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import replace
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial, reduce
 from typing import Any, Protocol
 
@@ -20,16 +19,17 @@ from octavo.nn.calls import KeptTree, Tree, floating
 from octavo.nn.choices import Choices
 from octavo.nn.ears import Ears, Enough
 from octavo.nn.experts import ExpertWatch
-from octavo.nn.extras import INPUT_TRANSFORM, InputTransform, Listener, LowRank
-from octavo.nn.flow import Link, LinkFinder, Producer, Trial, divide_columns
+from octavo.nn.extras import InputTransform
+from octavo.nn.flow import Link, Producer, divide_columns
 from octavo.nn.fusion import Member, fixed_outers, shared_amaxes
 from octavo.nn.groups import Grouping, in_order
-from octavo.nn.hearing import Hearing
 from octavo.nn.joints import Joint
+from octavo.nn.links import Known, Links
+from octavo.nn.posts import Posts
 from octavo.nn.quantizer import ActivationQuantizer, Mode, Quantizer, new_observer
 from octavo.nn.stacks import Stack, StackedMatrix, takes_apart
 from octavo.numerics.block_state import BlockState
-from octavo.numerics.door import Fold, InputGroup, matrix_name, site_of
+from octavo.numerics.door import Fold, InputGroup, site_of
 from octavo.numerics.hadamard import rotate
 from octavo.numerics.observers import AbsMaxObserver
 from octavo.numerics.qtensor import QTensor
@@ -99,7 +99,7 @@ class TorchBlock:
         keeps_full: bool,
         fused: Sequence[Sequence[str]] = (),
         experts: ExpertWatch | None = None,
-        known_links: dict[object, dict[str, Link | None]] | None = None,
+        known_links: Known | None = None,
         folds_only: AbstractSet[str] = frozenset(),
         turned: frozenset[str] = frozenset(),
         known_joints: dict[object, tuple[Joint, ...]] | None = None,
@@ -121,6 +121,7 @@ class TorchBlock:
         self._layers = block_layers(model, self._quantizers)
         self._stacks = {name: Stack(layer) for name, layer in self._layers.items() if takes_apart(layer)}
         self._parts = _taken_apart(self._layers, self._stacks)
+        self._posts = Posts(root, self._stacks.keys())
         self._grouping = Grouping(root, self._prefix, self._layers, self._stacks.keys(), folds_only)
         self._store = store
         self._is_quantized = is_quantized
@@ -198,9 +199,14 @@ class TorchBlock:
             by_leader: dict[str, list[str]] = {}
             for name in self.layers():
                 by_leader.setdefault(self._leader.get(name, name), []).append(name)
-            self._links = self._find_links(by_leader) if self._leader else {}
+            self._links = self._found_links(by_leader) if self._leader and self.feed.num_batches else {}
             self._groups = [self._group(leader, tuple(names)) for leader, names in by_leader.items()]
         return self._groups
+
+    def _found_links(self, by_leader: Mapping[str, Sequence[str]]) -> dict[str, Link | None]:
+        scalable = {name: names for name, names in by_leader.items() if all(self._parts[x].takes_scale for x in names)}
+        finder = Links(self._root, self._prefix, self._layers, self._posts, self._probe, known=self._known_links)
+        return finder.find(scalable)
 
     def scale_groups(self) -> Sequence[InputGroup]:
         """See ``Block.scale_groups``."""
@@ -474,7 +480,7 @@ class TorchBlock:
         """See ``Block.gather``."""
         self._needs = needs
         ears = Ears(self._layers, needs, self.feed.num_batches, pairs=Need.CROSS in needs and self._keeps_full)
-        with self._listening(ears), self._modes(self._observing_mode):
+        with self._posts.listening(ears), self._modes(self._observing_mode):
             for index in self.inputs():
                 ears.tokens = self.feed.tokens(index)
                 if self._keeps_full:
@@ -505,7 +511,7 @@ class TorchBlock:
         ears = Ears(
             chosen, needs, self.feed.num_batches, pairs=pairs, leader=self._leader, enough=self._once_heard(chosen)
         )
-        with self._listening(ears, after=True), self._modes(lambda q: Mode.OFF):
+        with self._posts.listening(ears, after=True), self._modes(lambda q: Mode.OFF):
             for index in self.inputs():
                 ears.tokens = self.feed.tokens(index)
                 if pairs:
@@ -642,101 +648,6 @@ class TorchBlock:
             for q, mode in before:
                 q.mode = mode
 
-    @contextmanager
-    def _listening(self, ears: Ears, *, after: bool = False) -> Iterator[None]:
-        hidden = [layer for layer in ears.layers.values() if not layer.is_plain and self._is_hidden(layer)]
-        with ExitStack() as cleanup:
-            for name, layer in ears.layers.items():
-                if layer not in hidden:
-                    cleanup.enter_context(self._heard_by(layer, partial(ears.hear, name), after=after))
-            if hidden:
-                cleanup.enter_context(Hearing(hidden, partial(self._hear_part, ears)))
-            yield
-
-    def _is_hidden(self, layer: BlockLayer) -> bool:
-        """No module is called with what it reads, or with what each of its matrices reads."""
-        return layer.name in self._stacks or (layer.is_linear and self._place_of(layer.input_quantizer) is None)
-
-    @staticmethod
-    def _hear_part(ears: Ears, layer: BlockLayer, index: int, x: Tensor, rows: Tensor) -> None:
-        ears.hear_part(layer.name if index < 0 else matrix_name(layer.name, index), x, index, rows)
-
-    @contextmanager
-    def _heard_by(self, layer: BlockLayer, hear: Callable[[Tensor], None], *, after: bool = False) -> Iterator[None]:
-        """While open, ``hear`` is told of every input of a layer, as far as anything there can be told.
-
-        ``after``: as scales and rotations in front of the layer have made it.
-        """
-        home, child = layer.holder, INPUT_TRANSFORM
-        ear: nn.Module = Listener(hear)
-        if not layer.is_plain:
-            place = self._place_of(layer.input_quantizer)
-            if place is None:
-                yield
-                return
-            home, child = place
-            ear = nn.Sequential(ear, home._modules[child])
-        kept = home._modules.get(child)
-        home._modules[child] = nn.Sequential(kept, ear) if after and layer.is_plain and kept is not None else ear
-        try:
-            yield
-        finally:
-            if kept is None:
-                del home._modules[child]
-            else:
-                home._modules[child] = kept
-
-    def _place_of(self, quantizer: Quantizer | None) -> tuple[nn.Module, str] | None:
-        """Whose child a quantizer is, and by which name."""
-        for module in self._root.modules():
-            for name, child in module._modules.items():
-                if quantizer is not None and child is quantizer:
-                    return module, name
-        return None
-
-    def _find_links(self, by_leader: Mapping[str, Sequence[str]]) -> dict[str, Link | None]:
-        if not self.feed.num_batches:
-            return {}
-        key = self._likeness(by_leader)
-        if key in self._known_links:
-            return {f"{self._prefix}{name}": self._moved(link) for name, link in self._known_links[key].items()}
-        found = self._tried_links(by_leader)
-        if self._prefix:
-            self._known_links[key] = {name.removeprefix(self._prefix): link for name, link in found.items()}
-        return found
-
-    def _likeness(self, by_leader: Mapping[str, Sequence[str]]) -> object:
-        """Equal for blocks of one class with the same groups of layers of the same shapes."""
-        shapes = tuple((layer.name, layer.quantizer.view.shape) for layer in self._layers.values())
-        names = [(name.removeprefix(self._prefix), shape) for name, shape in shapes]
-        groups = tuple(tuple(name.removeprefix(self._prefix) for name in names) for names in by_leader.values())
-        return type(self._root), tuple(names), groups
-
-    def _moved(self, link: Link | None) -> Link | None:
-        """The link of a block that is built alike, in this one."""
-        if link is None:
-            return None
-        producer = replace(link.producer, module=self._root.get_submodule(link.producer.path))
-        followers = tuple((path, self._root.get_submodule(path)) for path, _ in link.followers)
-        return Link(producer, link.sources, followers)
-
-    def _tried_links(self, by_leader: Mapping[str, Sequence[str]]) -> dict[str, Link | None]:
-        modules = {path: module for path, module in self._root.named_modules() if not _is_ours(module)}
-        finder = LinkFinder(Trial(self._trial, modules), list(self._layers.values()))
-        return {
-            leader: finder.find([self._layers[name] for name in names])
-            for leader, names in by_leader.items()
-            if all(self._parts[name].takes_scale for name in names)
-        }
-
-    def _trial(self, layers: Sequence[BlockLayer]) -> tuple[Sequence[Tensor], Mapping[str, Tensor]]:
-        heard: dict[str, list[Tensor]] = {}
-        with ExitStack() as cleanup:
-            for layer in layers:
-                cleanup.enter_context(self._heard_by(layer, heard.setdefault(layer.name, []).append))
-            outputs = self._probe()
-        return outputs, {name: inputs[0] for name, inputs in heard.items() if len(inputs) == 1}
-
 
 def _taken_apart(
     layers: Mapping[str, BlockLayer], stacks: Mapping[str, Stack]
@@ -749,7 +660,3 @@ def _taken_apart(
         else:
             parts[name] = layer
     return parts
-
-
-def _is_ours(module: nn.Module) -> bool:
-    return isinstance(module, (Quantizer, InputTransform, LowRank, Listener))
