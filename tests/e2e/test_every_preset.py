@@ -69,8 +69,11 @@ def test_nothing_is_lost_on_the_way(preset: str, tmp_path: Path) -> None:
     assert stored <= 1.02 * run.plan.bytes_after + 256
 
 
-def test_a_run_with_attention_quantizers_asks_for_a_sample(tmp_path: Path) -> None:
-    octavo.save(octavo.quantize(Small(), "fp8-attention", batches()), tmp_path / "run")
+def test_a_run_with_attention_quantizers_keeps_the_shapes_of_its_sample_or_asks_for_one(tmp_path: Path) -> None:
+    run = octavo.quantize(Small(), "fp8-attention", batches())
+    octavo.save(run, tmp_path / "run")
+    assert torch.equal(octavo.load(tmp_path / "run", Small()).model(batches()[0]), run.model(batches()[0]))
+    (tmp_path / "run" / "sample.json").unlink()
     with pytest.raises(
         UserError, match=r"quantizers at '\(model\)', and this model shows no such place: give a sample"
     ):

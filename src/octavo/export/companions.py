@@ -16,7 +16,7 @@ _WEIGHTS = frozenset((
     ".tflite", ".npz", ".npy", ".pkl", ".pickle", ".joblib", ".nemo", ".mlmodel", ".tar", ".gz", ".zip",
 ))
 # fmt: on
-_RUN_FILES = frozenset(("run.json", "plan.json", "recipe.yaml", "layout.json"))
+_RUN_FILES = frozenset(("run.json", "plan.json", "recipe.yaml", "layout.json", "sample.json"))
 _STORED_AS = ("quantization_config", "compression_config")
 _SUBDIRECTORIES = ("additional_chat_templates",)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager, nullcontext
@@ -29,6 +30,7 @@ from octavo.numerics.snapshot import LayerSnapshot
 from octavo.numerics.statistics import Need
 from octavo.numerics.store import Store
 from octavo.sources.feeding import feed
+from octavo.sources.shapes import SAMPLE_FILE, shapes_of
 from octavo.spec.facts import ModelFacts
 from octavo.spec.plan import Plan
 
@@ -284,7 +286,13 @@ class TorchDoor:
         return TorchDoor(model, self.source)
 
     def write_skeleton(self, directory: Path) -> None:
-        """See ``Door.write_skeleton``: a torch model is built from its configuration or its class."""
+        """See ``Door.write_skeleton``: a torch model is built from its configuration or its class.
+
+        The shapes of the sample are kept, so that it can be traced again.
+        """
+        shapes = shapes_of(self._sample)
+        if self._sample is not None and shapes is not None:
+            (directory / SAMPLE_FILE).write_text(json.dumps(shapes, indent=1) + "\n", encoding="utf-8")
 
     def strip(self) -> None:
         """See ``Door.strip``."""

@@ -24,6 +24,7 @@ from octavo.sources import LoadedModel, describe_module, open_model, open_untrai
 from octavo.sources.example import example_inputs
 from octavo.sources.extras import is_callable_name
 from octavo.sources.models import describes_model
+from octavo.sources.shapes import stored_sample
 from octavo.spec.recipe import read_recipe
 
 
@@ -74,7 +75,7 @@ def load(
         path: A run directory.
         model: A module of the saved model's class, whose weights are replaced; needed when the run has no
             ``config.json`` and was not made from ``package.module:factory``.
-        sample: One batch for the traced forward; see ``plan``.
+        sample: One batch for the traced forward; see ``plan``. Unless given, one of the shapes that the run kept.
         device: Where the model goes.
         trust_remote_code: Run code that lies beside the weights.
 
@@ -85,6 +86,8 @@ def load(
     files = read_run(path)
     loaded = _skeleton(files, model, device, trust_remote_code)
     loaded.source = files.record.model
+    if sample is None and example_inputs(loaded) is None:
+        sample = stored_sample(path)
     door = door_on_sample(loaded, sample)
     door.restore(files.plan, _state_dict(files), files.layers())
     return Run(loaded, read_recipe(files.recipe, str(path / "recipe.yaml")), files.plan, files.record, door)
