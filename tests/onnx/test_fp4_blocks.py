@@ -84,27 +84,18 @@ def test_a_file_means_what_was_simulated(tmp_path: Path, shape: tuple[int, ...],
         assert bool(engine["float_products"]) == (len(shape) == 4)
 
 
-class Heads(nn.Module):
-    """A layer behind a Reshape that leaves the width to be found, as attention in transformers does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.up, self.down = nn.Linear(64, 128), nn.Linear(128, 64)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        heads = self.up(x).unflatten(-1, (2, 64)).transpose(1, 2).contiguous()
-        lowered: torch.Tensor = self.down(heads.transpose(1, 2).reshape(*x.shape[:-1], -1))
-        return lowered
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not is_installed(), reason="needs the extra 'tensorrt'")
-def test_tensorrt_knows_the_width_behind_a_reshape(tmp_path: Path) -> None:
-    x = torch.randn(2, 16, 64)
-    run = pipeline.quantize(Heads().eval(), "nvfp4", [x], target="tensorrt")
-    out = pipeline.export(run, tmp_path / "onnx", layout="onnx", sample=x, dtype=torch.float16)
-    engine = build_engines(out / "model.onnx", {"x": (2, 16, 64)})["Blackwell (SM120)"]
+def test_tensorrt_knows_the_width_behind_attention(tmp_path: Path) -> None:
+    """Its heads are joined by a Reshape that leaves the width to be found."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.BertModel(transformers.BertConfig(vocab_size=99, **sizes), add_pooling_layer=False).eval()
+    batch = {"input_ids": torch.randint(99, (2, 16)), "attention_mask": torch.ones(2, 16, dtype=torch.long)}
+    run = pipeline.quantize(model, "nvfp4", [batch], target="tensorrt")
+    out = pipeline.export(run, tmp_path / "onnx", layout="onnx", sample=batch, dtype=torch.float16)
+    engine = build_engines(out / "model.onnx", dict.fromkeys(batch, (2, 16)))["Blackwell (SM120)"]
     assert engine.num_bytes, engine.problem
     assert not engine.float_products
 
