@@ -140,7 +140,7 @@ class CallMode(TorchFunctionMode):
         is_function = kind is not None and kind.operation == "activation" and bool(self.stack)
         self._callers.append(self._place(caller_of(sys._getframe(1)))[0] if is_function else None)
         self.stack.append((path, module))
-        self._given.append(self._numbers_of(given))
+        self._given.append(self._numbers_of(given) if self._sealed[id(module)] else ())
         self._num_sealed += self._sealed[id(module)]
 
     def leave(self, path: str, output: Any) -> bool:
@@ -152,22 +152,25 @@ class CallMode(TorchFunctionMode):
         self._callers.pop()
         self._num_sealed -= self._sealed[id(module)]
         if self._sealed[id(module)] and not self._num_sealed:
-            self._note(None, given, output, path=path)
+            self._note(None, given, list(tensors_in(output)), path=path)
         if not self.stack:
             self.result.graph.note(Event(OUTSIDE, None, self._numbers_of((output,)), ()))
         return True
 
     def _numbers_of(self, values: Any) -> tuple[int, ...]:
-        return tuple(self.number(tensor) for tensor in tensors_in(values))
+        return tuple(map(self.number, tensors_in(values)))
 
-    def _note(self, func: Any, given: tuple[int, ...], output: Any, *, path: str, calls: tuple[Call, ...] = ()) -> None:
+    def _note(
+        self, func: Any, given: tuple[int, ...], results: list[Tensor], *, path: str, calls: tuple[Call, ...] = ()
+    ) -> None:
         """One computation: what is handed through unchanged is none."""
-        results = [tensor for tensor in tensors_in(output) if self.number(tensor) not in given]
-        if any(tensor.is_inference() for tensor in tensors_in(output)):
+        numbers = [self.number(tensor) for tensor in results]
+        makes = tuple(number for number in numbers if number not in given)
+        if results and results[0].is_inference():
             self.result.graph.is_blind = True
-        if results:
-            makes = tuple(self.number(tensor) for tensor in results)
-            self.result.graph.note(Event(path, func, given, makes, results[0].ndim, calls))
+        if makes:
+            ndim = results[numbers.index(makes[0])].ndim
+            self.result.graph.note(Event(path, func, given, makes, ndim, calls))
 
     def _calls_of(self, frame: FrameType, func: Any, kwargs: dict[str, Any]) -> tuple[Call, ...]:
         """The expressions that lead to a sum or an activation: its own, and that of the module that is only it."""
@@ -193,16 +196,19 @@ class CallMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if not self.stack or self._num_sealed:
             return func(*args, **kwargs)
-        given = self._numbers_of((args, kwargs))  # before it is computed: in place a tensor becomes another one
+        inputs = list(tensors_of((*args, *kwargs.values())))
+        given = tuple(map(self.number, inputs))  # before it is computed: in place a tensor becomes another one
         output = func(*args, **kwargs)
-        if next(tensors_of((output,)), None) is not None:
+        if results := list(tensors_of((output,))):
             frame = sys._getframe(1)
-            self._note(func, given, output, path=self.stack[-1][0], calls=self._calls_of(frame, func, kwargs))
-            self._watch(frame, func, args, kwargs, output)
+            calls = self._calls_of(frame, func, kwargs)
+            self._note(func, given, results, path=self.stack[-1][0], calls=calls)
+            self._watch(frame, func, args, kwargs, inputs, output)
         return output
 
-    def _watch(self, frame: FrameType, func: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        inputs = list(tensors_of((*args, *kwargs.values())))
+    def _watch(
+        self, frame: FrameType, func: Any, args: Any, kwargs: dict[str, Any], inputs: list[Tensor], output: Any
+    ) -> None:
         self._note_parameters(func, inputs)
         product = product_of(func, args)
         if product is not None and isinstance(output, Tensor):
