@@ -16,7 +16,8 @@ from octavo.numerics.layer_scales import Readings
 from octavo.numerics.statistics import Need
 from octavo.spec.steps import SmoothQuant
 
-_NUM_ALPHAS = 21
+_NUM_ALPHAS = 19
+_MOST_ALPHA = 0.9  # at 1, every channel reaches to the end of the range, and what calibration has not seen is cut off
 _ALPHA_UNSEEN = 0.5  # where inputs differ from row to row, so that there is nothing to judge by
 
 
@@ -53,7 +54,7 @@ class SmoothQuantAlgorithm:
         if group.columns is not None and group.columns.ndim > 1:  # a convolution in groups
             return group.tie(smoothing_scale(amax_x, amax_w, _ALPHA_UNSEEN))
         judge = Readings.of(block, group).judge(block, lambda known: known.mean_square)
-        alphas = torch.linspace(0, 1, _NUM_ALPHAS, dtype=torch.float64).tolist()
+        alphas = torch.linspace(0, _MOST_ALPHA, _NUM_ALPHAS, dtype=torch.float64).tolist()
         scales = [group.tie(smoothing_scale(amax_x, amax_w, alpha)) for alpha in alphas]
         return min([torch.ones_like(amax_x), *scales], key=lambda scale: judge.loss(group.per_column(scale)))
 

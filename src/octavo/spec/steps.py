@@ -51,7 +51,8 @@ class Options(BaseModel):
 class SmoothQuant(Options):
     """Moves outliers of a layer's input into its weight, channel by channel (arXiv:2211.10438).
 
-    ``alpha``: how much of its range the input loses, 0 to 1; ``search`` finds the best for each group of layers.
+    ``alpha``: how much of its range the input loses, 0 to 1; ``search`` finds the best for each group of layers, up to
+    0.9, which leaves room for larger inputs than calibration has seen.
     """
 
     name: ClassVar[str] = "smoothquant"
