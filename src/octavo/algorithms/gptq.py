@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from octavo.numerics.door import Block, site_of
+from octavo.numerics.drift import compensated
 from octavo.numerics.error_feedback import Feedback, round_with_feedback
 from octavo.numerics.layer_scales import agreed_outer, needs_of, why_not_searched
-from octavo.numerics.linalg import compensated
 from octavo.numerics.scale_search import PLAIN, Weighting, search_scales
 from octavo.numerics.statistics import Need
 from octavo.spec.steps import Gptq
@@ -47,8 +47,7 @@ class GptqAlgorithm:
         statistics, options = block.statistics(layer), self.options
         weight, fmt, gram = block.read_weight(layer), block.weight_spec(layer).format, statistics.expected_gram
         if options.asymmetric and statistics.cross is not None:
-            assert statistics.gram is not None
-            weight = compensated(weight, statistics.gram, statistics.cross - statistics.gram, options.damping)
+            weight = compensated(weight, statistics, options.damping)
         measures = {"plain": PLAIN, "importance": Weighting(importance=gram.diagonal()), "gram": Weighting(gram=gram)}
         scale, zero_point = search_scales(weight, fmt, measures[options.scales], outer=agreed_outer(block, layer))
         how = Feedback(options.damping, options.act_order, options.block_size, options.sweeps)

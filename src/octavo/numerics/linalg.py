@@ -60,30 +60,6 @@ def feedback(gram: Tensor, damping: float) -> tuple[Tensor, float]:
     return inverse.flip(0, 1).float(), used
 
 
-def compensated(weight: Tensor, gram: Tensor, drift: Tensor, damping: float) -> Tensor:
-    """The weight that serves drifted inputs best, before any rounding.
-
-    With ``x`` the inputs of the unquantized model and ``y`` those that the quantized layers before give, the minimum
-    of ``|X W^T - Y V^T|^2 + ridge |V - W|^2`` is ``V = W + W D (G + ridge)^-1`` with ``D = (X - Y)^T Y`` and
-    ``G = Y^T Y``: the asymmetric calibration of GPTAQ (arXiv:2504.02692) in closed form.
-
-    Args:
-        weight: ``(out_features, in_features)``.
-        gram: ``Y^T Y``.
-        drift: ``(X - Y)^T Y``, of the same samples.
-        damping: Ridge, as a share of the mean diagonal of ``gram``.
-
-    Returns:
-        fp32 of ``weight``'s shape.
-    """
-    mean = gram.double().diagonal().mean()
-    if not bool((mean > 0) & gram.isfinite().all() & drift.isfinite().all()):
-        return weight.float()
-    lower = factor(gram, damping)
-    moved = weight.double() @ (drift.double() / mean)
-    return (weight.double() + torch.cholesky_solve(moved.T, lower).T).float()
-
-
 def output_error(error: Tensor, gram: Tensor) -> Tensor:
     """``tr(E G E^T)``: the squared error of a layer's outputs on all samples behind ``gram``, fp32 ``()``."""
     return (error.float() @ gram.float()).mul_(error.float()).sum()

@@ -49,6 +49,7 @@ class InputStatistics:
         squares: ``(in_features,)`` sum of the squares of every channel.
         gram: ``(in_features, in_features)`` sum of ``x^T x``, fp32; an estimate of it for ``SAMPLED_GRAM``.
         cross: ``(in_features, in_features)`` sum of ``x_full^T x``, fp32; row: channel on the unquantized path.
+        drift: ``(in_features, in_features)`` sum of ``(x_full - x)^T (x_full - x)``, fp32, where there is ``cross``.
         num_gram_rows: Rows behind ``gram``: fewer than ``count`` for ``SAMPLED_GRAM``.
         is_assumed: No row was seen (by an expert that no token was sent to), and one of white noise stands for them:
             errors are then those of the weight alone.
@@ -61,6 +62,7 @@ class InputStatistics:
     squares: Tensor | None = None
     gram: Tensor | None = None
     cross: Tensor | None = None
+    drift: Tensor | None = None
     num_gram_rows: int = 0
     is_assumed: bool = False
 
@@ -114,6 +116,7 @@ class InputStatistics:
             squares=row(self.squares, inverse.square()),
             gram=both(self.gram),
             cross=both(self.cross),
+            drift=both(self.drift),
         )
 
     def turned(self, turn: Callable[[Tensor], Tensor]) -> InputStatistics:
@@ -131,6 +134,7 @@ class InputStatistics:
             total=total,
             gram=both(self.gram),
             cross=both(self.cross),
+            drift=both(self.drift),
             num_gram_rows=self.num_gram_rows,
             is_assumed=self.is_assumed,
         )
@@ -207,7 +211,9 @@ class Gatherer:
             self._add("squares", torch.einsum("ri,ri->i", rows, rows))
         if Need.CROSS in self.needs:
             assert full is not None, "CROSS needs the rows of the unquantized path"
-            self._zeros("cross", rows).addmm_(full.detach().float().T, rows)
+            full = full.detach().float()
+            self._zeros("cross", rows).addmm_(full.T, rows)
+            add_gram(self._zeros("drift", rows), full - rows)
 
     def statistics(self) -> InputStatistics:
         """Everything so far."""
@@ -215,6 +221,9 @@ class Gatherer:
         gram = parts.get("gram")
         if gram is not None:
             parts["gram"] = (gram.triu() + gram.triu(1).T) * self._stride
+        drift = parts.get("drift")
+        if drift is not None:
+            parts["drift"] = drift.triu() + drift.triu(1).T
         return InputStatistics(self.count, num_gram_rows=self._num_gram_rows, **parts)
 
     def _chosen_stride(self, rows: Tensor) -> int:
