@@ -14,13 +14,14 @@ Of a peer's methods for a format, all are run on the first draw, and the best of
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import importlib
 import json
 import os
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,14 +95,17 @@ class Cells:
         found: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
         return found
 
-    def keep(self, cells: Mapping[str, Any]) -> None:
-        partial = self.path.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(cells, indent=1), encoding="utf-8")
-        partial.replace(self.path)
+    def change(self, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        """What the file has becomes something else; no other run writes meanwhile."""
+        with self.path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            partial = self.path.with_suffix(f".{os.getpid()}")
+            partial.write_text(json.dumps(change(self.kept()), indent=1), encoding="utf-8")
+            partial.replace(self.path)
 
     def forget(self, text: str) -> None:
         """Make cells anew whose key has ``text``."""
-        self.keep({key: value for key, value in self.kept().items() if text not in key})
+        self.change(lambda kept: {key: value for key, value in kept.items() if text not in key})
 
     def get(self, of: Subject, library: str, method: str, draws: Sequence[int]) -> list[Any]:
         """What ``method`` gave on ``draws``; those that are not known yet are made. A crash is told, but not kept."""
@@ -114,7 +118,8 @@ class Cells:
             print(f"{of}: {library} {method} ...", file=sys.stderr, flush=True)
             made = {keys[draw]: cell for draw, cell in self._make(of, library, method, missing).items()}
             found |= made
-            self.keep(self.kept() | {key: cell for key, cell in made.items() if "crashed" not in cell})
+            worth = {key: cell for key, cell in made.items() if "crashed" not in cell}
+            self.change(lambda kept: kept | worth)
         return [found[key] for key in keys.values()]
 
     def _make(self, of: Subject, library: str, method: str, draws: Sequence[int]) -> dict[int, Any]:
