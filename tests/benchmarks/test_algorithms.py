@@ -49,7 +49,7 @@ def test_finished_cells_are_not_made_again_and_crashes_are_not_kept(tmp_path):
     (crashed,) = known.get(subject, "octavo", "int8 plain", [0])
     assert "octavo_cells" in crashed["failed"]
     assert known.kept() == {}
-    known.keep({key_of(subject, "octavo", "int8 plain", 0): cells(0.5)[0]})
+    known.change(lambda kept: kept | {key_of(subject, "octavo", "int8 plain", 0): cells(0.5)[0]})
     assert known.get(subject, "octavo", "int8 plain", [0]) == cells(0.5)
     known.forget("int8")
     assert known.kept() == {}
