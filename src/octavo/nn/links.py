@@ -14,7 +14,7 @@ from octavo.nn.flow import Link, LinkFinder, Trial
 from octavo.nn.posts import Posts
 from octavo.nn.quantizer import Quantizer
 
-Known = MutableMapping[object, dict[str, Link | None]]
+KnownLinks = MutableMapping[object, dict[str, Link | None]]
 """What blocks are like -> their links, by names inside."""
 
 
@@ -38,7 +38,7 @@ class Links:
         posts: Posts,
         probe: Callable[[], Sequence[Tensor]],
         *,
-        known: Known,
+        known: KnownLinks,
     ) -> None:
         self._root, self._prefix, self._layers = root, prefix, layers
         self._posts, self._probe, self._known = posts, probe, known

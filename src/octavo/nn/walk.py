@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from octavo.nn.blocks import TorchBlock
+from octavo.nn.blocks import Surroundings, TorchBlock
 from octavo.nn.calls import KeptTree, Tree, first_rows
 from octavo.nn.experts import ExpertWatch
 from octavo.nn.quantizer import Mode, Quantizer
@@ -83,11 +83,7 @@ class Walk:
         folds_only: AbstractSet[str] = frozenset(),
         turned: frozenset[str] = frozenset(),
     ) -> None:
-        self._turned = turned
         self.model = model
-        self._folds_only = folds_only
-        self._experts = experts
-        self._fused = fused
         self.run = run
         self.store = store
         self.is_quantized = is_quantized
@@ -101,8 +97,9 @@ class Walk:
         self._sample: Tree | None = None
         self.structure = self._find_structure()
         self.paths = {full: _Path(len(self.structure.chains)) for full in (False, True)}
-        self._links: dict[object, dict[str, Any]] = {}
-        self._joints: dict[object, tuple[Any, ...]] = {}
+        self._around = Surroundings(
+            store, is_quantized, self.keeps_full, fused=fused, experts=experts, folds_only=folds_only, turned=turned
+        )
         self._own: dict[tuple[int, int, int], KeptTree] = {}  # chain, block, batch
         self._parts = self._divide()
 
@@ -123,20 +120,7 @@ class Walk:
                     self._capture_own(chain)
             if quantizers:
                 yield TorchBlock(
-                    name,
-                    model=self.model,
-                    root=root,
-                    quantizers=quantizers,
-                    feed=feed,
-                    store=self.store,
-                    is_quantized=self.is_quantized,
-                    keeps_full=self.keeps_full,
-                    fused=self._fused,
-                    experts=self._experts,
-                    known_links=self._links,
-                    known_joints=self._joints,
-                    folds_only=self._folds_only,
-                    turned=self._turned,
+                    name, model=self.model, root=root, quantizers=quantizers, feed=feed, around=self._around
                 )
             elif feed.has_successor:
                 self._pass_through(feed)
