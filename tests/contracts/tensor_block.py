@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from octavo.numerics.door import Fold, InputGroup
+from octavo.numerics.block import Fold, InputGroup
 from octavo.numerics.hadamard import rotate
 from octavo.numerics.qtensor import QTensor, fake_quantize
 from octavo.numerics.statistics import Gatherer, InputStatistics, Need

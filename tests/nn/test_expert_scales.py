@@ -15,7 +15,7 @@ from algorithms.outliers import plant_experts
 from octavo.nn.choices import Choices
 from octavo.nn.door import TorchDoor
 from octavo.nn.lowered import lower
-from octavo.numerics.door import InputGroup
+from octavo.numerics.block import InputGroup
 from octavo.numerics.statistics import Need
 from octavo.numerics.store import Store
 from octavo.spec.recipe import Recipe

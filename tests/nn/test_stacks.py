@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import octavo
 from octavo.nn.door import TorchDoor
-from octavo.numerics.door import site_of
+from octavo.numerics.block import site_of
 from octavo.numerics.qtensor import quantize
 from octavo.numerics.statistics import InputStatistics, Need
 from octavo.numerics.store import Store

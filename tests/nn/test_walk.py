@@ -17,7 +17,7 @@ from octavo.errors import UserError
 from octavo.nn.door import TorchDoor
 from octavo.nn.originals import kept_bytes
 from octavo.nn.walk import Walk
-from octavo.numerics.door import Block
+from octavo.numerics.block import Block
 from octavo.numerics.hadamard import rotate
 from octavo.numerics.qtensor import quantize
 from octavo.numerics.statistics import Need

@@ -14,7 +14,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from octavo.numerics.door import Block, InputGroup
+from octavo.numerics.block import Block, InputGroup
 from octavo.numerics.layer_scales import Readings, searched, why_not_searched
 from octavo.numerics.qtensor import quantize
 from octavo.numerics.rescaling import Judge, Reader, power_scale

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from octavo.numerics.door import Block
+from octavo.numerics.block import Block
 from octavo.numerics.statistics import Need
 from octavo.spec.steps import BiasCorrection
 

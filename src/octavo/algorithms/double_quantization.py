@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from octavo.numerics.door import Block
+from octavo.numerics.block import Block
 from octavo.numerics.statistics import Need
 from octavo.spec.double_quantization import doubled, why_not_doubled
 from octavo.spec.steps import DoubleQuantization

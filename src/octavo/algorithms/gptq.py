@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from octavo.numerics.door import Block, site_of
+from octavo.numerics.block import Block, site_of
 from octavo.numerics.drift import compensated
 from octavo.numerics.error_feedback import Feedback, round_with_feedback
 from octavo.numerics.layer_scales import agreed_outer, needs_of, why_not_searched

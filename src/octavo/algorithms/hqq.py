@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from octavo.numerics.door import Block
+from octavo.numerics.block import Block
 from octavo.numerics.layer_scales import agreed_outer, why_not_searched
 from octavo.numerics.qtensor import QTensor, quantize, quantize_scale
 from octavo.numerics.scale_search import PLAIN, search_scales

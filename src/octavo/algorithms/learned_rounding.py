@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from octavo.numerics.block import Block
 from octavo.numerics.codec import round_to
-from octavo.numerics.door import Block
 from octavo.numerics.error_feedback import Feedback, round_with_feedback
 from octavo.numerics.layer_scales import searched, why_not_searched
 from octavo.numerics.qtensor import QTensor

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from octavo.numerics.door import Block, InputGroup
+from octavo.numerics.block import Block, InputGroup
 from octavo.numerics.hadamard import has_hadamard, largest_block
 from octavo.numerics.statistics import Need
 from octavo.spec.steps import Rotate

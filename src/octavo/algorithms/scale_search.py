@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from octavo.numerics.door import Block
+from octavo.numerics.block import Block
 from octavo.numerics.layer_scales import needs_of, searched, why_not_searched
 from octavo.numerics.qtensor import quantize
 from octavo.numerics.statistics import Need

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from octavo.numerics.door import Block, InputGroup
+from octavo.numerics.block import Block, InputGroup
 from octavo.numerics.layer_scales import Readings
 from octavo.numerics.statistics import Need
 from octavo.spec.steps import SmoothQuant

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from octavo.numerics.door import Block
+from octavo.numerics.block import Block
 from octavo.numerics.layer_scales import why_not_searched
 from octavo.numerics.linalg import factor, low_rank, output_error, right_divided
 from octavo.numerics.qtensor import fake_quantize

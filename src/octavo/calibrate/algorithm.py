@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from octavo.numerics.door import Block
+from octavo.numerics.block import Block
 from octavo.numerics.statistics import Need
 
 

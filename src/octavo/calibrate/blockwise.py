@@ -16,9 +16,10 @@ from octavo.calibrate.algorithm import Algorithm
 from octavo.calibrate.batches import Calibrated, require_no_data
 from octavo.calibrate.checkpoint import Checkpoint, Keeping
 from octavo.errors import UserError
+from octavo.numerics.block import Block, site_of
 from octavo.numerics.block_state import BlockState
 from octavo.numerics.digest import Digest
-from octavo.numerics.door import Block, Door, site_of
+from octavo.numerics.door import Door
 from octavo.numerics.statistics import Need
 from octavo.numerics.store import Store
 from octavo.numerics.tensor_error import relative_error

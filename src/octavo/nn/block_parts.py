@@ -14,7 +14,7 @@ from octavo.nn.extras import InputTransform
 from octavo.nn.posts import Posts
 from octavo.nn.quantizer import Mode, Quantizer
 from octavo.nn.stacks import Stack, StackedMatrix, takes_apart
-from octavo.numerics.door import InputGroup, site_of
+from octavo.numerics.block import InputGroup, site_of
 
 
 class BlockParts:

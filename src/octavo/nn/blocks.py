@@ -24,8 +24,8 @@ from octavo.nn.input_groups import InputGroups, KnownJoints
 from octavo.nn.links import KnownLinks
 from octavo.nn.quantizer import Mode, Quantizer
 from octavo.nn.stacks import StackedMatrix
+from octavo.numerics.block import InputGroup, site_of
 from octavo.numerics.block_state import BlockState
-from octavo.numerics.door import InputGroup, site_of
 from octavo.numerics.qtensor import QTensor
 from octavo.numerics.statistics import InputStatistics, Need
 from octavo.numerics.store import Store
@@ -88,7 +88,7 @@ class Surroundings:
 
 
 class TorchBlock:
-    """``numerics.door.Block`` for a part of a torch model.
+    """``numerics.block.Block`` for a part of a torch model.
 
     Args:
         name: Path of the module, or what a segment between blocks is called.

@@ -13,7 +13,7 @@ from octavo.nn.block_layers import BlockLayer
 from octavo.nn.experts import find_experts
 from octavo.nn.joints import Joint, JointFinder
 from octavo.nn.snapshot import stored_parameter
-from octavo.numerics.door import Fold, InputGroup, matrix_name, site_of
+from octavo.numerics.block import Fold, InputGroup, matrix_name, site_of
 
 
 @dataclass(frozen=True, slots=True)

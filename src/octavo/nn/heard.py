@@ -10,7 +10,7 @@ from torch import Tensor
 
 from octavo.nn.block_parts import BlockParts
 from octavo.nn.ears import Ears
-from octavo.numerics.door import InputGroup, site_of
+from octavo.numerics.block import InputGroup, site_of
 from octavo.numerics.statistics import InputStatistics
 
 Change = Callable[[InputStatistics], InputStatistics]

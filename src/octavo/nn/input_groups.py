@@ -16,7 +16,7 @@ from octavo.nn.groups import Grouping, in_order
 from octavo.nn.heard import Heard
 from octavo.nn.joints import Joint
 from octavo.nn.links import KnownLinks, Links
-from octavo.numerics.door import Fold, InputGroup
+from octavo.numerics.block import Fold, InputGroup
 from octavo.numerics.hadamard import rotate
 
 KnownJoints = MutableMapping[object, tuple[Joint, ...]]

@@ -14,7 +14,7 @@ from octavo.nn.ears import Ears
 from octavo.nn.extras import INPUT_TRANSFORM, Listener
 from octavo.nn.hearing import Hearing
 from octavo.nn.quantizer import Quantizer
-from octavo.numerics.door import matrix_name
+from octavo.numerics.block import matrix_name
 
 
 class Posts:

@@ -10,7 +10,7 @@ from torch import Tensor
 from octavo.backends.simulate import loops_for
 from octavo.nn.block_layers import BlockLayer
 from octavo.nn.quantizer import ActivationQuantizer
-from octavo.numerics.door import matrix_name
+from octavo.numerics.block import matrix_name
 from octavo.numerics.qtensor import QTensor, fake_quantize, quantize
 from octavo.numerics.scale_search import search_scales
 from octavo.spec.experts import format_of_matrix

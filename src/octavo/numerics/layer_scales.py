@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from octavo.numerics.door import Block, InputGroup
+from octavo.numerics.block import Block, InputGroup
 from octavo.numerics.qtensor import QTensor
 from octavo.numerics.rescaling import Judge, Mixture, Reader, Rescaling
 from octavo.numerics.scale_search import PLAIN, Weighting, outer_scale, search_scales

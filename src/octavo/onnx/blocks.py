@@ -13,8 +13,8 @@ from torch import Tensor
 
 from octavo.errors import UserError
 from octavo.numerics.arrays import array_of, tensor_of
+from octavo.numerics.block import Fold, InputGroup
 from octavo.numerics.block_state import BlockState
-from octavo.numerics.door import Fold, InputGroup
 from octavo.numerics.hadamard import rotate
 from octavo.numerics.qtensor import QTensor
 from octavo.numerics.statistics import InputStatistics, Need, tokens_of
@@ -88,7 +88,7 @@ class GraphWalk:
 
 
 class GraphBlock:
-    """``numerics.door.Block`` for one piece."""
+    """``numerics.block.Block`` for one piece."""
 
     def __init__(self, walk: GraphWalk, piece: Piece) -> None:
         self.walk = walk
