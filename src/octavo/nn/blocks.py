@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +14,11 @@ from octavo.errors import UserError
 from octavo.nn.block_parts import BlockParts
 from octavo.nn.block_ranges import BlockRanges
 from octavo.nn.block_state import bring_back, state_of, versions
-from octavo.nn.calls import KeptTree, Tree, floating
+from octavo.nn.calls import KeptTree, floating
 from octavo.nn.choices import Choices
 from octavo.nn.ears import Ears, Enough
 from octavo.nn.experts import ExpertWatch
+from octavo.nn.feeds import Feed
 from octavo.nn.heard import Heard
 from octavo.nn.input_groups import InputGroups, KnownJoints
 from octavo.nn.links import KnownLinks
@@ -31,33 +31,6 @@ from octavo.numerics.statistics import InputStatistics, Need
 from octavo.numerics.store import Store
 from octavo.numerics.tensor_error import relative_error
 from octavo.spec.plan import QuantizerSpec
-
-
-class Feed(Protocol):
-    """How a block gets its inputs, runs, and hands on what it made."""
-
-    num_batches: int
-    has_successor: bool
-
-    def tokens(self, index: int) -> Tensor | None:
-        """``(batch, length)``: which positions of one batch hold no padding; ``None`` where all do, or nobody knows."""
-        ...
-
-    def run(self, index: int, *, full: bool = False) -> Tree:
-        """The forward on one batch; ``full``: on the inputs of the unquantized path."""
-        ...
-
-    def keep(self, index: int, output: Tree, *, full: bool = False) -> None:
-        """Hand an output on to what comes next."""
-        ...
-
-    def release(self) -> None:
-        """The inputs are not needed any more."""
-        ...
-
-    def run_sample(self) -> Tree:
-        """The forward on a few samples."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from octavo.nn.blocks import Surroundings, TorchBlock
 from octavo.nn.calls import KeptTree, Tree, first_rows
 from octavo.nn.experts import ExpertWatch
+from octavo.nn.feeds import MemberFeed, SegmentFeed
 from octavo.nn.quantizer import Mode, Quantizer
 from octavo.nn.structure import (
     Carried,
@@ -310,6 +311,11 @@ class Walk:
         leaves = tuple(_leaf(source, carried, entry, own) for source in member.sources)
         return Tree(leaves, member.spec)
 
+    def drop_own(self, chain: int, block: int) -> None:
+        """Tensors that only this block got are not needed any more."""
+        for key in [key for key in self._own if key[:2] == (chain, block)]:
+            self._own.pop(key).drop()
+
 
 def _leaf(source: Source, carried: dict[int, Any], entry: Tree, own: Iterator[Any]) -> Any:
     match source:
@@ -338,100 +344,3 @@ def _close(one: Tensor, other: Tensor) -> bool:
 def _plain(output: Any) -> Any:
     """diffusers' outputs are objects; their tensors are in their fields."""
     return vars(output) if type(output).__module__.startswith("diffusers") else output
-
-
-class SegmentFeed:
-    """What runs before a chain, or after the last; the whole model where there is no chain."""
-
-    def __init__(self, walk: Walk, segment: int) -> None:
-        self._walk = walk
-        self._segment = segment
-        self.num_batches = len(walk.batches)
-        self.has_successor = segment < len(walk.structure.chains)
-
-    def tokens(self, index: int) -> Tensor | None:
-        """See ``Feed.tokens``."""
-        return self._walk.tokens[index]
-
-    def run(self, index: int, *, full: bool = False) -> Tree:
-        """See ``Feed.run``."""
-        with ExitStack() as cleanup:
-            if full:
-                cleanup.enter_context(self._walk.quantizers_off())
-            return self._walk.run_up_to(self._segment, index, full=full)
-
-    def keep(self, index: int, output: Tree, *, full: bool = False) -> None:
-        """See ``Feed.keep``."""
-        if self.has_successor:
-            self._walk.paths[full].entries[self._segment].append(KeptTree.of(output, self._walk.store))
-
-    def release(self) -> None:
-        """See ``Feed.release``: the batches are needed by later segments."""
-
-    def run_sample(self) -> Tree:
-        """See ``Feed.run_sample``."""
-        return self.run(0) if self._walk.structure.chains else self._walk.run_sample()
-
-
-class MemberFeed:
-    """One block of a chain."""
-
-    def __init__(self, walk: Walk, chain: int, block: int) -> None:
-        self._walk = walk
-        self._chain = chain
-        self._block = block
-        members = walk.structure.chains[chain].members
-        self._module = walk.model.get_submodule(members[block].path)
-        self._is_last = block == len(members) - 1
-        self.num_batches = len(walk.batches)
-        self.has_successor = True
-        self._next: dict[bool, list[KeptTree]] = {False: [], True: []}
-
-    def tokens(self, index: int) -> Tensor | None:
-        """See ``Feed.tokens``."""
-        return self._walk.tokens[index]
-
-    def run(self, index: int, *, full: bool = False) -> Tree:
-        """See ``Feed.run``."""
-        return self._forward(self._walk.arguments(self._chain, self._block, index, full=full))
-
-    def _forward(self, arguments: Tree) -> Tree:
-        copies = tuple(leaf.clone() if _is_float(leaf) else leaf for leaf in arguments.leaves)  # it may write to them
-        args, kwargs = Tree(copies, arguments.spec).value()
-        return Tree.of(self._module(*args, **kwargs))
-
-    def keep(self, index: int, output: Tree, *, full: bool = False) -> None:
-        """See ``Feed.keep``."""
-        walk = self._walk
-        if self._is_last:
-            walk.paths[full].final[self._chain].append(KeptTree.of(output, walk.store))
-            return
-        carried = tuple(output.leaves[k] for k in walk.structure.chains[self._chain].carried(self._block))
-        self._next[full].append(KeptTree.of(Tree.of(carried), walk.store))
-
-    def release(self) -> None:
-        """See ``Feed.release``."""
-        for full, path in self._walk.paths.items():
-            for kept in path.carried:
-                kept.drop()
-            path.carried = self._next[full]
-            if self._is_last:
-                for kept in path.entries[self._chain]:
-                    kept.drop()
-        for key in [key for key in self._walk._own if key[:2] == (self._chain, self._block)]:
-            self._walk._own.pop(key).drop()
-
-    def run_sample(self) -> Tree:
-        """See ``Feed.run_sample``."""
-        whole = self._walk.arguments(self._chain, self._block, 0, full=False)
-        cut = first_rows(whole)
-        if cut is not None:
-            try:
-                return self._forward(cut)
-            except (RuntimeError, ValueError, IndexError) as error:
-                logger.debug("one row of a block's input does not run: %s", error)
-        return self._forward(whole)
-
-
-def _is_float(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.is_floating_point()

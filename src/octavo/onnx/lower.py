@@ -8,7 +8,7 @@ What has no standard operator is one of its target's, and its meaning a function
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from onnx_ir.passes import common
 
 from octavo.errors import UserError
-from octavo.numerics.arrays import array_of, tensor_of
+from octavo.numerics.arrays import tensor_of
 from octavo.numerics.qtensor import QTensor, quantize
 from octavo.onnx.biases import integer_biases
 from octavo.onnx.dynamic import Build, dynamic_nodes
@@ -31,15 +31,14 @@ from octavo.onnx.fake_quantize import (
     format_of,
     is_fake_quantize,
     operand,
-    permutation,
     quantizer_of,
-    reshaped,
 )
 from octavo.onnx.fp4_blocks import add_fp4_function, fp4_nodes, is_fp4_blocks
 from octavo.onnx.queries import FACTOR
 from octavo.onnx.storage import BASE_OPSET, code_type, is_float
+from octavo.onnx.stored_weights import ScaleCodes, StoredWeight
 from octavo.spec.element import BF16, FP16, FP32, IntFormat
-from octavo.spec.tensor_format import PerChannel, PerGroup, PerTensor, PerTile, TensorFormat
+from octavo.spec.tensor_format import TensorFormat
 
 WEIGHT = "octavo.weight"
 """Metadata of a DequantizeLinear: whose weight it gives, and ``octavo.axes`` the order of its axes."""
@@ -234,7 +233,7 @@ class _Writer:
         """Store codes; what only moves their axes behind the quantizer moves them now."""
         fmt, dtype = format_of(node), node.outputs[0].dtype or node.inputs[0].dtype or ir.DataType.FLOAT  # type: ignore[union-attr]
         q = self.known.get(quantizer_of(node))
-        stored = _Stored.of(_quantized(node, matrix, fmt, dtype) if q is None else q)
+        stored = StoredWeight.of(_quantized(node, matrix, fmt, dtype) if q is None else q)
         last = node.outputs[0]
         while (follower := _only_reader(last)) is not None:
             moved = stored.through(follower, last)
@@ -249,14 +248,14 @@ class _Writer:
         value.shape, value.type = ir.Shape(stored.codes.shape), ir.TensorType(dtype)
         last.replace_all_uses_with(value, replace_graph_outputs=True)
 
-    def _dequantized(self, node: ir.Node, stored: _Stored, dtype: str) -> ir.Value:
+    def _dequantized(self, node: ir.Node, stored: StoredWeight, dtype: str) -> ir.Value:
         name = _weight_name(node)
         key = (name, stored.order, str(stored.fmt), dtype)
         if key not in self._stored:
             self._stored[key] = self._store(node, name, stored, dtype)
         return self._stored[key]
 
-    def _store(self, node: ir.Node, name: str, stored: _Stored, dtype: str) -> ir.Value:
+    def _store(self, node: ir.Node, name: str, stored: StoredWeight, dtype: str) -> ir.Value:
         kind = code_type(stored.fmt.element)
         assert kind is not None
         codes = self.initializer(f"{name}_codes", _typed(stored.codes, stored.fmt, kind.name), kind.name)
@@ -277,9 +276,9 @@ class _Writer:
         made.metadata_props[AXES] = ",".join(map(str, stored.order))
         return made.outputs[0]
 
-    def _scale(self, node: ir.Node, name: str, stored: _Stored, dtype: str) -> ir.Value:
+    def _scale(self, node: ir.Node, name: str, stored: StoredWeight, dtype: str) -> ir.Value:
         scale = stored.scale
-        if not isinstance(scale, _Scales):
+        if not isinstance(scale, ScaleCodes):
             return self.initializer(f"{name}_scale", scale.astype(_NUMPY[dtype]), dtype)
         kind = code_type(scale.fmt.element)
         assert kind is not None
@@ -293,117 +292,6 @@ class _Writer:
         outer = self.initializer(f"{name}_scale_scale", scale.outer.astype(np.float32), "FLOAT")
         given = {} if dtype == "FLOAT" else {"output_dtype": int(ir.DataType[dtype])}
         return self.put(node, "DequantizeLinear", [codes, outer], f"{name}_scale_dequantize", **given).outputs[0]
-
-
-@dataclass(frozen=True, slots=True)
-class _Scales:
-    """Scales that are codes themselves; ``outer`` scales them, ``None`` where they stand for themselves."""
-
-    codes: np.ndarray[Any, Any]
-    fmt: TensorFormat
-    outer: np.ndarray[Any, Any] | None
-
-    def moved(self, move: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]) -> _Scales:
-        return _Scales(move(self.codes), self.fmt, self.outer)
-
-
-@dataclass(frozen=True, slots=True)
-class _Stored:
-    """Codes in the layout that is written.
-
-    Args:
-        codes: Of any shape.
-        scale: One, one for each index of ``axis``, or (``block``) one for ``block`` neighbours along it.
-        zero_point: Of the scale's shape.
-        fmt: What it means.
-        axis: ``None`` for one scale.
-        block: 0 for one scale for each index.
-        order: Axes of the matrix in the order in which they are stored, for a reader that compares.
-    """
-
-    codes: np.ndarray[Any, Any]
-    scale: np.ndarray[Any, Any] | _Scales
-    zero_point: np.ndarray[Any, Any] | None
-    fmt: TensorFormat
-    axis: int | None
-    block: int
-    order: tuple[int, ...]
-
-    @classmethod
-    def of(cls, q: QTensor) -> _Stored:
-        """A quantized matrix, tiles as groups that repeat from row to row."""
-        granularity, order = q.format.granularity, tuple(range(q.codes.ndim))
-        match granularity:
-            case PerTensor():
-                axis, block = None, 0
-            case PerChannel():
-                axis, block = 0, 0
-            case PerGroup(size):
-                axis, block = 1, size
-            case PerTile(_, cols):
-                axis, block = 1, cols
-            case _:
-                raise AssertionError(f"{granularity} was to be refused before")
-
-        def rows(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-            if isinstance(granularity, PerTile):
-                return array.repeat(granularity.rows, axis=0)[: q.shape[0]]
-            return array
-
-        points = None if q.zero_point is None else rows(array_of(q.zero_point))
-        return cls(array_of(q.codes), _scale_arrays(q, rows), points, q.format, axis, block, order)
-
-    @property
-    def scale_shape(self) -> tuple[int, ...]:
-        return (self.scale.codes if isinstance(self.scale, _Scales) else self.scale).shape
-
-    def through(self, node: ir.Node, value: ir.Value) -> _Stored | None:
-        """The same behind ``node``; ``None`` where it does more than move axes."""
-        if node.op_type == "Gemm" and node.inputs[1] is value and node.attributes.get("transB") is not None:
-            return self._transposed((1, 0)) if node.attributes["transB"].as_int() else None
-        if node.domain or node.inputs[0] is not value:
-            return None
-        if node.op_type == "Transpose":
-            return self._transposed(permutation(node, self.codes.ndim))
-        if node.op_type not in ("Reshape", "Flatten", "Identity"):
-            return None
-        codes = reshaped(self.codes, node)
-        if codes is None:
-            return None
-        if codes.shape == self.codes.shape:
-            return self
-        keeps_rows = codes.shape[0] == self.codes.shape[0] and self.axis in (None, 0) and not self.block
-        if not keeps_rows or self.order != tuple(range(len(self.order))):
-            return None
-        order = tuple(range(codes.ndim))
-        return _Stored(codes, self.scale, self.zero_point, self.fmt, self.axis, 0, order)
-
-    def _transposed(self, axes: tuple[int, ...]) -> _Stored:
-        def move(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-            return array.transpose(axes) if self.block else array
-
-        scale = self.scale.moved(move) if isinstance(self.scale, _Scales) else move(self.scale)
-        return _Stored(
-            self.codes.transpose(axes),
-            scale,
-            None if self.zero_point is None else move(self.zero_point),
-            self.fmt,
-            None if self.axis is None else axes.index(self.axis),
-            self.block,
-            tuple(self.order[axis] for axis in axes),
-        )
-
-
-def _scale_arrays(q: QTensor, rows: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]) -> Any:
-    """Scales as they are written; where codes count in another unit than 1, their real values times it."""
-    scale, element = q.scale, q.format.element
-    unit = element.unit if isinstance(element, IntFormat) else 1.0
-    if isinstance(scale, QTensor) and unit == 1.0:
-        outer = None if scale.scale is None else array_of(scale.scale)  # type: ignore[arg-type]
-        return _Scales(rows(array_of(scale.codes)), scale.format, outer)
-    assert scale is not None
-    real = scale.dequantize() if isinstance(scale, QTensor) else scale
-    return rows(array_of(real * unit))
 
 
 def _quantized(node: ir.Node, matrix: np.ndarray[Any, Any], fmt: TensorFormat, dtype: ir.DataType) -> QTensor:
