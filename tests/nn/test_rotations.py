@@ -19,7 +19,8 @@ from octavo.nn.rotations import block_size, turn
 from octavo.nn.streams import HEADS, RESIDUAL, Stream, find_streams, tied_readers
 from octavo.nn.ties import untie
 from octavo.numerics.hadamard import Turn
-from octavo.spec.steps import fused_rotation, make_step
+from octavo.spec.step_order import fused_rotation
+from octavo.spec.steps import make_step
 
 transformers = pytest.importorskip("transformers")
 

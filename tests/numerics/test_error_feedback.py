@@ -8,7 +8,8 @@ import torch
 from octavo.numerics.error_feedback import Feedback, round_with_feedback
 from octavo.numerics.linalg import damped, feedback, output_error
 from octavo.numerics.qtensor import QTensor, fake_quantize, quantize
-from octavo.numerics.scale_search import Weighting, search_scales
+from octavo.numerics.scale_search import search_scales
+from octavo.numerics.weighting import Weighting
 from octavo.spec.formats import NVFP4, tensor_format
 
 FORMATS = ["int4-group32", "int4-group32-asymmetric", "int8-channel", "nvfp4", "mxfp4", "int4-tensor", "e4m3-channel"]

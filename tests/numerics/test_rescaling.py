@@ -8,7 +8,8 @@ import torch
 from octavo.algorithms.awq import best_scale
 from octavo.numerics.qtensor import fake_quantize
 from octavo.numerics.rescaling import Reader, Rescaling, power_scale
-from octavo.numerics.scale_search import Weighting, search_scales
+from octavo.numerics.scale_search import search_scales
+from octavo.numerics.weighting import Weighting
 from octavo.spec.formats import tensor_format
 
 

@@ -8,7 +8,8 @@ import torch
 
 from octavo.errors import UserError
 from octavo.numerics.qtensor import QTensor, fake_quantize, quantize
-from octavo.numerics.scale_search import Weighting, outer_scale, search_scales
+from octavo.numerics.scale_search import outer_scale, search_scales
+from octavo.numerics.weighting import Weighting
 from octavo.spec.element import E2M1, E4M3, E8M0, FP16, INT4, NF4
 from octavo.spec.formats import NVFP4, tensor_format
 from octavo.spec.tensor_format import PerFlatGroup, PerGroup, PerTile, Ragged, ScaleRule, TensorFormat, scaled

@@ -5,8 +5,9 @@ import torch
 
 from octavo.numerics.error_feedback import Feedback, round_with_feedback
 from octavo.numerics.qtensor import fake_quantize
-from octavo.numerics.scale_search import Weighting, search_scales
+from octavo.numerics.scale_search import search_scales
 from octavo.numerics.shrinkage import ENOUGH, shrinkage, shrunk
+from octavo.numerics.weighting import Weighting
 from octavo.spec.formats import tensor_format
 
 WIDTH = 64

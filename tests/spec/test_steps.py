@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from octavo.errors import UserError
-from octavo.spec.steps import STEPS, Gptq, SmoothQuant, Step, make_step, parse_step, require_order
+from octavo.spec.step_order import require_order
+from octavo.spec.steps import STEPS, Gptq, SmoothQuant, Step, make_step, parse_step
 
 
 @pytest.mark.parametrize(

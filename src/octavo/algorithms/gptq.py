@@ -13,8 +13,9 @@ from octavo.numerics.block import Block, site_of
 from octavo.numerics.drift import compensated
 from octavo.numerics.error_feedback import Feedback, round_with_feedback
 from octavo.numerics.layer_scales import agreed_outer, needs_of, why_not_searched
-from octavo.numerics.scale_search import PLAIN, Weighting, search_scales
+from octavo.numerics.scale_search import search_scales
 from octavo.numerics.statistics import Need
+from octavo.numerics.weighting import PLAIN, Weighting
 from octavo.spec.steps import Gptq
 
 

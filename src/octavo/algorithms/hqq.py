@@ -16,9 +16,10 @@ from torch import Tensor
 from octavo.numerics.block import Block
 from octavo.numerics.layer_scales import agreed_outer, why_not_searched
 from octavo.numerics.qtensor import QTensor, quantize, quantize_scale
-from octavo.numerics.scale_search import PLAIN, search_scales
+from octavo.numerics.scale_search import search_scales
 from octavo.numerics.scaling import amax, divisor, expand_scale, from_blocks, to_blocks
 from octavo.numerics.statistics import Need
+from octavo.numerics.weighting import PLAIN
 from octavo.spec.steps import Hqq
 from octavo.spec.tensor_format import PLAIN_FP32, TensorFormat
 

@@ -27,7 +27,8 @@ from octavo.report.clock import Clock
 from octavo.report.progress import Track, silent
 from octavo.spec.plan import Plan
 from octavo.spec.records import BlockRecord, StepRecord
-from octavo.spec.steps import Step, fused_rotation, matcher, require_order
+from octavo.spec.step_order import fused_rotation, require_order
+from octavo.spec.steps import Step, matcher
 
 logger = logging.getLogger(__name__)
 

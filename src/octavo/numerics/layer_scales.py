@@ -12,8 +12,9 @@ from torch import Tensor
 from octavo.numerics.block import Block, InputGroup
 from octavo.numerics.qtensor import QTensor
 from octavo.numerics.rescaling import Judge, Mixture, Reader, Rescaling
-from octavo.numerics.scale_search import PLAIN, Weighting, outer_scale, search_scales
+from octavo.numerics.scale_search import outer_scale, search_scales
 from octavo.numerics.statistics import InputStatistics, Need
+from octavo.numerics.weighting import PLAIN, Weighting
 from octavo.spec.tensor_format import PLAIN_FP32, PerTensor, TensorFormat
 
 Measure = Literal["plain", "importance", "gram"]

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from octavo.numerics.qtensor import fake_quantize
-from octavo.numerics.scale_search import Weighting, search_scales
+from octavo.numerics.scale_search import search_scales
+from octavo.numerics.weighting import Weighting
 from octavo.spec.element import CodebookFormat, FloatFormat
 from octavo.spec.tensor_format import PerGroup, TensorFormat
 

@@ -17,9 +17,7 @@ Legend: N rows, G groups in a row, S values in a group.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import product
 
 import torch
@@ -29,16 +27,11 @@ from octavo.errors import UserError
 from octavo.numerics.codec import encode, power_of_two, round_owned
 from octavo.numerics.qtensor import QTensor, quantize_scale
 from octavo.numerics.scaling import divisor, integer_element, quotient
+from octavo.numerics.weighting import PLAIN, BlockMeasure, Weighting, grouped, measure_of
 from octavo.spec.element import ElementFormat, FloatFormat, IntFormat
 from octavo.spec.tensor_format import (
     PLAIN_FP32,
-    Granularity,
-    PerChannel,
-    PerFlatGroup,
-    PerGroup,
     PerTensor,
-    PerTile,
-    PerToken,
     ScaleRule,
     TensorFormat,
 )
@@ -53,23 +46,6 @@ _ROUGH_FACTORS = 4
 _ROUGH_SHARES = (1.0, 0.85, 0.7)
 
 Found = tuple[Tensor | QTensor, Tensor | None]
-
-
-@dataclass(frozen=True, slots=True)
-class Weighting:
-    """What an error at each input costs; nothing given: all the same.
-
-    Args:
-        importance: ``(in_features,)`` mean of the squared input.
-        gram: ``(in_features, in_features)`` ``X^T X`` of the inputs, in any scale. Only its part inside each
-            block counts. Where a format's blocks are not runs of one row, its diagonal counts.
-    """
-
-    importance: Tensor | None = None
-    gram: Tensor | None = None
-
-
-PLAIN = Weighting()
 
 
 @torch.no_grad()
@@ -97,8 +73,8 @@ def search_scales(
     shape = fmt.granularity.scale_shape(tuple(x.shape))
     if not x.numel():
         return quantize_scale(x.new_ones(shape, dtype=torch.float32), fmt.scale), _no_points(fmt, shape, x)
-    x_NGS = _grouped(x.detach(), fmt.granularity)
-    measure = _measure(weighting, x, fmt.granularity)
+    x_NGS = grouped(x.detach(), fmt.granularity)
+    measure = measure_of(weighting, x, fmt.granularity)
     if fmt.zero_point is not None:
         return _asymmetric(x_NGS, fmt, measure, shape, is_rough=is_rough)
     if _is_listed(fmt.scale):
@@ -124,116 +100,7 @@ def outer_scale(tensor_amax: Tensor, fmt: TensorFormat) -> Tensor:
     return room.masked_fill(room == 0, 1.0)
 
 
-class _Measure(ABC):
-    """An inner product of blocks."""
-
-    @abstractmethod
-    def dot(self, a: Tensor, b: Tensor) -> Tensor:
-        """``(N, G)`` products of ``(N, G, S)`` blocks; ``b`` may be overwritten."""
-
-    @abstractmethod
-    def part(self, rows: slice) -> _Measure:
-        """The measure of some of the rows."""
-
-    @abstractmethod
-    def least(self, at: Tensor) -> Tensor:
-        """``(N, G)`` lower bound of what an error of 1 costs at position ``at`` ``(N, G, 1)``, whatever the others."""
-
-
-class _Plain(_Measure):
-    def dot(self, a: Tensor, b: Tensor) -> Tensor:
-        return _sum_last(b.mul_(a))
-
-    def part(self, rows: slice) -> _Measure:
-        return self
-
-    def least(self, at: Tensor) -> Tensor:
-        return torch.ones_like(at, dtype=torch.float32).squeeze(-1)
-
-
-class _Diagonal(_Measure):
-    """``weights`` is ``(1 or N, G, S)``."""
-
-    def __init__(self, weights: Tensor) -> None:
-        self.weights = weights
-
-    def dot(self, a: Tensor, b: Tensor) -> Tensor:
-        return _sum_last(b.mul_(a).mul_(self.weights))
-
-    def part(self, rows: slice) -> _Measure:
-        return self if self.weights.shape[0] == 1 else _Diagonal(self.weights[rows])
-
-    def least(self, at: Tensor) -> Tensor:
-        return self.weights.expand(at.shape[0], -1, -1).gather(-1, at).squeeze(-1)
-
-
-class _Quadratic(_Measure):
-    """``blocks`` is ``(G, S, S)``."""
-
-    def __init__(self, blocks: Tensor) -> None:
-        self.blocks = blocks
-
-    def dot(self, a: Tensor, b: Tensor) -> Tensor:
-        through = torch.bmm(a.transpose(0, 1), self.blocks).transpose(0, 1)
-        return _sum_last(b.mul_(through))
-
-    def part(self, rows: slice) -> _Measure:
-        return self
-
-    def least(self, at: Tensor) -> Tensor:
-        return torch.zeros_like(at, dtype=torch.float32).squeeze(-1)
-
-
-def _measure(weighting: Weighting, x: Tensor, granularity: Granularity) -> _Measure:
-    in_rows = x.ndim > 1 and isinstance(granularity, PerGroup | PerChannel | PerToken)
-    if weighting.gram is not None and in_rows:
-        gram = weighting.gram.float()
-        size = granularity.size if isinstance(granularity, PerGroup) else gram.shape[0]
-        # a mean diagonal of 1 keeps sums of squares far from the ends of fp32
-        gram = gram / gram.diagonal().mean().clamp(min=1e-30)
-        if not (isinstance(granularity, PerChannel) and granularity.axis % x.ndim != x.ndim - 2):
-            return _Quadratic(_diagonal_blocks(gram, size))
-    importance = weighting.importance if weighting.gram is None else weighting.gram.diagonal()
-    if importance is None:
-        return _Plain()
-    weights = importance.float() / importance.float().mean().clamp(min=1e-30)
-    # what no calibration input reached still counts a little: new inputs may
-    weights = weights.clamp(min=1e-4)
-    whole = weights.view(1, -1) if isinstance(granularity, PerGroup) else weights.expand(x.shape)
-    return _Diagonal(_grouped(whole, granularity))
-
-
-def _diagonal_blocks(gram: Tensor, size: int) -> Tensor:
-    """``(G, S, S)`` blocks, the last one filled with zeros, each with a little weight of its own on the diagonal."""
-    missing = -gram.shape[0] % size
-    padded = torch.nn.functional.pad(gram, (0, missing, 0, missing))
-    count = padded.shape[0] // size
-    blocks = torch.stack([padded[i * size : (i + 1) * size, i * size : (i + 1) * size] for i in range(count)])
-    return blocks + 1e-3 * torch.eye(size, dtype=gram.dtype, device=gram.device)
-
-
-def _grouped(x: Tensor, granularity: Granularity) -> Tensor:
-    """``x`` as ``(N, G, S)`` fp32, the groups in the order of the scale tensor; short last groups end with zeros."""
-    match granularity:
-        case PerGroup(size):
-            missing = -x.shape[-1] % size
-            padded = torch.nn.functional.pad(x, (0, missing)) if missing else x
-            return padded.reshape(-1, padded.shape[-1] // size, size).float()
-        case PerChannel() | PerToken():
-            return x.reshape(math.prod(granularity.scale_shape(tuple(x.shape))), 1, -1).float()
-        case PerTensor():
-            return x.reshape(1, 1, -1).float()
-        case PerFlatGroup(size):
-            flat = torch.nn.functional.pad(x.flatten(), (0, -x.numel() % size))
-            return flat.view(-1, 1, size).float()
-        case PerTile(rows, cols):
-            padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % cols, 0, -x.shape[-2] % rows))
-            high, wide = padded.shape[-2] // rows, padded.shape[-1] // cols
-            tiles = padded.reshape(-1, high, rows, wide, cols).transpose(2, 3)
-            return tiles.reshape(-1, 1, rows * cols).float()
-
-
-def _by_parts(x_NGS: Tensor, measure: _Measure, best: object) -> Tensor:
+def _by_parts(x_NGS: Tensor, measure: BlockMeasure, best: object) -> Tensor:
     """``best`` of as many rows at a time as stay in the cache."""
     assert callable(best)
     step = max(1, _AT_ONCE // (x_NGS.shape[1] * x_NGS.shape[2]))
@@ -249,18 +116,10 @@ def _on_grid(x: Tensor, scale_NG: Tensor, element: ElementFormat) -> Tensor:
     return round_owned(x / scale_NG.unsqueeze(-1), element)
 
 
-def _cost(x: Tensor, grid: Tensor, scale_NG: Tensor, measure: _Measure) -> Tensor:
+def _cost(x: Tensor, grid: Tensor, scale_NG: Tensor, measure: BlockMeasure) -> Tensor:
     """Of ``scale * grid`` for ``x``; overwrites ``grid``."""
     error = grid.mul_(scale_NG.unsqueeze(-1)).sub_(x)
-    return measure.dot(error, error.clone() if isinstance(measure, _Quadratic) else error)
-
-
-def _sum_last(values: Tensor) -> Tensor:
-    """Sums along the last axis, short rows folded first: torch is slow at reducing them on a CPU."""
-    while values.shape[-1] < 64 and values.shape[-1] % 2 == 0:
-        half = values.shape[-1] // 2
-        values = values[..., :half] + values[..., half:]
-    return values.sum(-1)
+    return measure.dot(error, error if measure.may_alias else error.clone())
 
 
 def _is_listed(scale: TensorFormat) -> bool:
@@ -276,7 +135,9 @@ def _dominated_from(element: ElementFormat) -> float:
     return (below[-1] + above) / 2
 
 
-def _listed(x_NGS: Tensor, fmt: TensorFormat, measure: _Measure, shape: tuple[int, ...], outer: Tensor | None) -> Found:
+def _listed(
+    x_NGS: Tensor, fmt: TensorFormat, measure: BlockMeasure, shape: tuple[int, ...], outer: Tensor | None
+) -> Found:
     assert fmt.scale is not None
     assert isinstance(fmt.scale.element, FloatFormat)
     if not fmt.scale.is_plain and outer is None:
@@ -296,7 +157,7 @@ def _listed(x_NGS: Tensor, fmt: TensorFormat, measure: _Measure, shape: tuple[in
     return QTensor(encode(values, fmt.scale.element), outer.float().reshape(()), fmt.scale, tuple(shape)), None
 
 
-def _best_entry(x: Tensor, measure: _Measure, element: ElementFormat, table: Tensor, floor: int) -> Tensor:
+def _best_entry(x: Tensor, measure: BlockMeasure, element: ElementFormat, table: Tensor, floor: int) -> Tensor:
     """``(N, G)`` index into ``table``, from the largest entry that can win downwards until none can."""
     x, unit = _normalized(x)
     top, where = x.abs().max(-1, keepdim=True)
@@ -317,7 +178,7 @@ def _best_entry(x: Tensor, measure: _Measure, element: ElementFormat, table: Ten
     return best
 
 
-def _best_free(x: Tensor, measure: _Measure, fmt: TensorFormat, *, is_rough: bool) -> Tensor:
+def _best_free(x: Tensor, measure: BlockMeasure, fmt: TensorFormat, *, is_rough: bool) -> Tensor:
     """``(N, G)`` scales, on a grid of factors of the amax rule, then fitted."""
     assert fmt.scale is not None
     x, unit = _normalized(x)
@@ -347,14 +208,14 @@ def _factors(element: ElementFormat, count: int) -> Iterator[float]:
 
 
 def _better(
-    x: Tensor, scale: Tensor, best: Tensor, best_cost: Tensor, fmt: TensorFormat, measure: _Measure
+    x: Tensor, scale: Tensor, best: Tensor, best_cost: Tensor, fmt: TensorFormat, measure: BlockMeasure
 ) -> tuple[Tensor, Tensor]:
     cost = _cost(x, _on_grid(x, scale, fmt.element), scale, measure)
     is_better = cost < best_cost
     return torch.where(is_better, scale, best), torch.where(is_better, cost, best_cost)
 
 
-def _fit(x: Tensor, scale: Tensor, element: ElementFormat, measure: _Measure) -> Tensor:
+def _fit(x: Tensor, scale: Tensor, element: ElementFormat, measure: BlockMeasure) -> Tensor:
     """The scale with the least cost for the codes that ``scale`` gives."""
     grid = _on_grid(x, scale, element)
     size = measure.dot(grid, grid.clone())
@@ -378,7 +239,7 @@ def _stored(scale: Tensor, unit: Tensor, fmt: TensorFormat) -> Tensor:
 
 
 def _asymmetric(
-    x_NGS: Tensor, fmt: TensorFormat, measure: _Measure, shape: tuple[int, ...], *, is_rough: bool
+    x_NGS: Tensor, fmt: TensorFormat, measure: BlockMeasure, shape: tuple[int, ...], *, is_rough: bool
 ) -> Found:
     assert fmt.scale is not None
     assert fmt.zero_point is not None
@@ -389,7 +250,7 @@ def _asymmetric(
     return stored, points.reshape(shape).to(dtype)
 
 
-def _best_range(x: Tensor, measure: _Measure, fmt: TensorFormat, *, is_rough: bool) -> Tensor:
+def _best_range(x: Tensor, measure: BlockMeasure, fmt: TensorFormat, *, is_rough: bool) -> Tensor:
     """``(N, G, 2)`` scales and zero points: shares of either end of the range, then fitted."""
     element = integer_element(fmt)
     assert fmt.scale is not None
@@ -415,7 +276,7 @@ def _best_range(x: Tensor, measure: _Measure, fmt: TensorFormat, *, is_rough: bo
 
 
 def _better_range(
-    x: Tensor, scale: Tensor, low: Tensor, best: Tensor, best_cost: Tensor, fmt: TensorFormat, measure: _Measure
+    x: Tensor, scale: Tensor, low: Tensor, best: Tensor, best_cost: Tensor, fmt: TensorFormat, measure: BlockMeasure
 ) -> tuple[Tensor, Tensor]:
     element = integer_element(fmt)
     assert fmt.zero_point is not None

@@ -36,7 +36,7 @@ from octavo.spec.plan import Plan
 from octavo.spec.recipe import Recipe, load_recipe
 from octavo.spec.records import ExpertsRecord, RunRecord
 from octavo.spec.resolve import resolve
-from octavo.spec.steps import fused_rotation
+from octavo.spec.step_order import fused_rotation
 from octavo.spec.targets import TARGETS
 from octavo.spec.version import VERSION
 

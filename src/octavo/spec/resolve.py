@@ -31,6 +31,7 @@ from octavo.spec.element import IntFormat
 from octavo.spec.experts import format_for
 from octavo.spec.facts import QUANTIZER_NAMES, ModelFacts, Role, SiteFacts, Slot
 from octavo.spec.plan import Decision, Plan, QuantizerSpec, Scheme
+from octavo.spec.plan_warnings import warnings_of
 from octavo.spec.recipe import Recipe
 from octavo.spec.rule import Leave, Rule
 from octavo.spec.select import Pattern, parse_pattern
@@ -54,16 +55,9 @@ def resolve(recipe: Recipe, facts: ModelFacts, target: str = "") -> Plan:
     decisions = with_sums(decisions, runtime)
     decisions = with_branches(with_doubled_scales(decisions, recipe.steps), recipe.steps)
     _refuse_misfits(decisions)
-    warnings = (
-        *_warnings(rules, facts),
-        *_unreached(decisions),
-        *_costs(decisions),
-        *_saturating(decisions, runtime),
-        *_norms_between(decisions, runtime),
-    )
     experts = recipe.calibration.experts if facts.experts else None
-    plan = Plan(facts, recipe.name, decisions, target, warnings, experts)
-    plan = replace(plan, warnings=(*warnings, *_fused(plan)))
+    plan = Plan(facts, recipe.name, decisions, target, (), experts)
+    plan = replace(plan, warnings=(*_warnings(rules, facts), *warnings_of(plan, runtime)))
     if not plan.quantizers():
         raise UserError(_nothing_quantized(plan))
     return plan
@@ -310,65 +304,6 @@ def _warnings(rules: Sequence[_BoundRule], facts: ModelFacts) -> list[str]:
         elif all(by_name[name].obstacle for name in bound.reached):
             found.append(f"{what} changes nothing: {by_name[min(bound.reached)].obstacle}")
     return found
-
-
-def _unreached(decisions: Sequence[Decision]) -> list[str]:
-    """Parts that a rule quantizes and the sample did not get to."""
-    found = Counter(d.site.unreached for d in decisions if d.scheme and d.site.unreached)
-    return [
-        f"the sample does not get to '{part}' ({number} site{'s' * (number > 1)}): give data that does, "
-        "or its static input quantizers stay off"
-        for part, number in found.items()
-    ]
-
-
-def _fused(plan: Plan) -> list[str]:
-    """What is decided for several layers together."""
-    groups = plan.fused_weights()
-    if not groups:
-        return []
-    more = f"; {len(groups)} groups" if len(groups) > 1 else ""
-    some = ", ".join(name.rpartition(".")[2] for name in groups[0])
-    return [
-        f"layers that read the same tensor ({some}{more}) share the scale of their weights' scales, "
-        "because engines join them"
-    ]
-
-
-def _costs(decisions: Sequence[Decision]) -> list[str]:
-    """What is slower or larger than a user may expect."""
-    written_out = [d.site for d in decisions if d.site.fused_call and Slot.SOFTMAX in d.scheme]
-    if not written_out:
-        return []
-    first = written_out[0]
-    return [
-        f"{len(written_out)} attention calls (such as {first.name!r}) are fused by {first.fused_call}: with a "
-        f"{QUANTIZER_NAMES[Slot.SOFTMAX]} they are written out, which costs time, and memory for all probabilities"
-    ]
-
-
-def _saturating(decisions: Sequence[Decision], target: Target) -> list[str]:
-    """Products of bytes that lose something where the target adds them in 16 bits."""
-    names = [d.site.name for d in decisions if target.saturates_at(d.site, d.scheme)]
-    if not names:
-        return []
-    return [
-        f"{len(names)} layers (such as {names[0]!r}) multiply 8-bit weights by 8-bit inputs, whose sums saturate on "
-        "x86 processors without VNNI; the simulation knows it. Ways out: --target onnxruntime-cpu (7-bit weights), or "
-        "onnxruntime's session option session.x64quantprecision, which is slower"
-    ]
-
-
-def _norms_between(decisions: Sequence[Decision], target: Target) -> list[str]:
-    """Batch norms that a runtime computes in float between convolutions that it computes in integers."""
-    in_integers = any(d.site.operation == "conv" and Slot.OUTPUT in d.scheme for d in decisions)
-    norms = [d for d in decisions if (d.site.stays or d.site.folds_into) and not d.folded_into]
-    if not target.quantizes_conv_outputs or not in_integers or not norms:
-        return []
-    return [
-        f"{len(norms)} batch norms (such as {norms[0].site.name!r}: {norms[0].why or norms[0].rule}) are not folded "
-        f"into convolutions, and {target.name} computes them in float"
-    ]
 
 
 def _nothing_quantized(plan: Plan) -> str:
