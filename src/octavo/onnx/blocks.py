@@ -2,89 +2,31 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from functools import partial
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
-import torch
 from torch import Tensor
 
 from octavo.errors import UserError
-from octavo.numerics.arrays import array_of, tensor_of
-from octavo.numerics.block import Fold, InputGroup
+from octavo.numerics.arrays import tensor_of
+from octavo.numerics.block import InputGroup
 from octavo.numerics.block_state import BlockState
 from octavo.numerics.hadamard import rotate
 from octavo.numerics.qtensor import QTensor
-from octavo.numerics.statistics import InputStatistics, Need, tokens_of
-from octavo.numerics.store import Store
+from octavo.numerics.statistics import InputStatistics, Need
 from octavo.numerics.tensor_error import relative_error
 from octavo.onnx.beside import branch_of, rotation_of
-from octavo.onnx.calibration import Calibration, outer_of
-from octavo.onnx.convolutions import maker_of
-from octavo.onnx.graph import whole
-from octavo.onnx.pieces import NORM, Arrays, Piece, PieceSession, floats_of, pieces_of
-from octavo.onnx.rows import Rows, is_grouped, kernel_of
+from octavo.onnx.calibration import outer_of
+from octavo.onnx.input_groups import GraphGroups
+from octavo.onnx.pieces import Arrays, Piece, PieceSession, floats_of
+from octavo.onnx.rows import Rows
 from octavo.spec.facts import Slot
 from octavo.spec.plan import QuantizerSpec
 
-Entry = tuple[tuple[str, ...], int]
-"""Arrays that wait in the store: their names, and the store's number."""
-
-
-class GraphWalk:
-    """``numerics.door.Walk`` for a graph.
-
-    Args:
-        calibration: The door's model, plan and what is found, which blocks add to.
-        batches: As arrays.
-        store: Where tensors between pieces wait.
-        is_quantized: A piece is fed what simulated pieces give.
-        keeps: The unquantized path is followed, too.
-        folds_only: Layers whose input takes a scale only where a norm takes it in.
-    """
-
-    def __init__(
-        self,
-        calibration: Calibration,
-        batches: Sequence[Arrays],
-        store: Store,
-        *,
-        is_quantized: bool,
-        keeps: bool,
-        folds_only: AbstractSet[str] = frozenset(),
-    ) -> None:
-        self.folds_only = folds_only
-        self.calibration = calibration
-        self.store = store
-        self.is_quantized = is_quantized
-        self.keeps = keeps
-        self.num_batches = len(batches)
-        self.tokens = [tokens_of({name: tensor_of(value) for name, value in batch.items()}) for batch in batches]
-        self.pieces = pieces_of(calibration.model, calibration.sites.values())
-        self.live = [self.keep(batch) for batch in batches]
-        self.full = [self.keep(batch) for batch in batches] if keeps else []
-
-    def __len__(self) -> int:
-        return len(self.pieces)
-
-    def __iter__(self) -> Iterator[GraphBlock]:
-        return (GraphBlock(self, piece) for piece in self.pieces)
-
-    def keep(self, arrays: Arrays) -> Entry:
-        """Let arrays wait."""
-        return tuple(arrays), self.store.put([tensor_of(value) for value in arrays.values()])
-
-    def get(self, entry: Entry) -> Arrays:
-        """What waits."""
-        names, key = entry
-        return {name: array_of(value) for name, value in zip(names, self.store.get(key), strict=True)}
-
-    def replace(self, entries: list[Entry], index: int, arrays: Arrays) -> None:
-        """Something else waits from now on."""
-        self.store.drop(entries[index][1])
-        entries[index] = self.keep(arrays)
+if TYPE_CHECKING:
+    from octavo.onnx.walk import Entry, GraphWalk
 
 
 class GraphBlock:
@@ -102,6 +44,7 @@ class GraphBlock:
             if site.product is not None and site.product.name in inside
         }
         self._layers = [n for n in self._sites if self.calibration.weight_spec(n) is not None]
+        self._groups = GraphGroups(piece, self._sites, self._layers, self.calibration, walk.folds_only)
         self._statistics: dict[str, InputStatistics] = {}
         self._reference: list[Tensor] = []
         self._targets: list[Entry] = []
@@ -122,26 +65,8 @@ class GraphBlock:
 
     def read_bias(self, layer: str) -> Tensor | None:
         """See ``Block.read_bias``: of Gemm and Conv, and what the sum behind a MatMul adds to it."""
-        value = self._bias(layer)
+        value = self._groups.bias(layer)
         return None if value is None or value.const_value is None else tensor_of(value.const_value.numpy())
-
-    def _bias(self, layer: str) -> ir.Value | None:
-        """The initializer that nothing but this layer's output is added to."""
-        node, width = self._sites[layer].product, self._sites[layer].facts.weight_shape[0]
-        if node is None:
-            return None
-        users = list(whole(node).consumers())
-        if node.op_type in ("Gemm", "Conv"):
-            found = node.inputs[2] if len(node.inputs) > 2 else None
-        elif (
-            node.op_type == "MatMul" and len(users) == 1 and users[0].op_type == "Add" and users[0] in self.piece.nodes
-        ):
-            found = next((value for value in users[0].inputs if value is not None and value.is_initializer()), None)
-        else:
-            found = None
-        if found is None or found.const_value is None or len(found.consumers()) != 1:
-            return None
-        return found if tuple(found.const_value.shape.numpy()) == (width,) else None
 
     def takes_bias(self, layer: str) -> bool:
         """See ``Block.takes_bias``: a graph's nodes stay as they are."""
@@ -164,7 +89,7 @@ class GraphBlock:
     def takes_low_rank(self, layer: str) -> bool:
         """See ``Block.takes_low_rank``; an output quantizer would round the product without its branch."""
         site = self._sites[layer]
-        is_plain = self._has_own_weights([layer]) and self.calibration.spec(layer, Slot.OUTPUT) is None
+        is_plain = self._groups.has_own_weights([layer]) and self.calibration.spec(layer, Slot.OUTPUT) is None
         return is_plain and branch_of(site) is None
 
     def is_turned(self, layer: str) -> bool:
@@ -173,12 +98,7 @@ class GraphBlock:
 
     def groups(self) -> Sequence[InputGroup]:
         """See ``Block.groups``."""
-        by_tensor: dict[str, list[str]] = {}
-        for name in self._layers:
-            slot = Slot.INPUT if Slot.INPUT in self._sites[name].operands else Slot.WEIGHT
-            tensor = str(self._sites[name].operands[slot].value.name) if slot is Slot.INPUT else name
-            by_tensor.setdefault(tensor, []).append(name)
-        return [self._group(tuple(names)) for names in by_tensor.values()]
+        return self._groups.read()
 
     def scale_groups(self) -> Sequence[InputGroup]:
         """See ``Block.scale_groups``; a graph has no stacks of weights."""
@@ -188,65 +108,12 @@ class GraphBlock:
         """See ``Block.placed_groups``; a graph has no stacks of weights."""
         return self.groups()
 
-    def _group(self, names: tuple[str, ...]) -> InputGroup:
-        if self._sites[names[0]].facts.operation == "conv":
-            return self._conv_group(names)
-        width = self._sites[names[0]].facts.weight_shape[1]
-        norm = self._norm(names)
-        fold = None if norm is None else Fold(str(norm.name), torch.arange(width))
-        takes_scale = self._has_own_weights(names) and (fold is not None or not self.walk.folds_only & set(names))
-        return InputGroup(names, width, fold, None, takes_scale=takes_scale)
-
-    def _conv_group(self, names: tuple[str, ...]) -> InputGroup:
-        """Convolutions of one tensor; the layer before takes a factor where it has one kernel of columns to go to."""
-        positions = {math.prod(kernel_of(self._sites[name])) for name in names}
-        width = self._sites[names[0]].facts.weight_shape[1]
-        if len(positions) > 1 or any(is_grouped(self._sites[name]) for name in names):
-            return InputGroup(names, width, None, None, takes_scale=False)
-        (inside,) = positions
-        columns = torch.arange(width // inside).repeat_interleave(inside)
-        maker = self._maker(names)
-        fold = None if maker is None else Fold(maker, torch.arange(width // inside))
-        return InputGroup(names, width // inside, fold, columns, takes_scale=fold is not None)
-
-    def _maker(self, names: tuple[str, ...]) -> str | None:
-        """The layer of this piece whose channels only these read, and whose weight and bias can take a factor."""
-        sites = [self._sites[name] for name in names]
-        value = sites[0].operands[Slot.INPUT].value
-        readers = {site.product.name for site in sites if site.product is not None}
-        alone = {user.name for user in value.consumers()} <= readers and not value.is_graph_output()
-        own = all(len(site.operands[Slot.WEIGHT].value.uses()) == 1 for site in sites)
-        node = maker_of(value) if alone and own else None
-        found = next((n for n in self._layers if self._sites[n].product is node), None) if node is not None else None
-        if found is None or node is None or len(self._sites[found].operands[Slot.WEIGHT].value.uses()) > 1:
-            return None
-        has_own_bias = len(node.inputs) < 3 or node.inputs[2] is None or self._bias(found) is not None
-        return found if has_own_bias and found not in self.calibration.weights else None
-
     def _divide_maker(self, layer: str, scale: Tensor) -> None:
         """Every output channel of ``layer`` over its factor."""
         self.write_weight(layer, self.read_weight(layer) / scale.unsqueeze(1))
         bias = self.read_bias(layer)
         if bias is not None:
             self.write_bias(layer, bias / scale)
-
-    def _has_own_weights(self, names: Iterable[str]) -> bool:
-        """Whether scaling the columns of these layers' weights changes nothing else."""
-        sites = [self._sites[name] for name in names]
-        return all(s.facts.operation == "linear" and len(s.operands[Slot.WEIGHT].value.uses()) == 1 for s in sites)
-
-    def _norm(self, names: tuple[str, ...]) -> ir.Node | None:
-        """The norm of this piece that only these layers read, with constants that can be scaled."""
-        sites = [self._sites[name] for name in names]
-        if any(site.facts.operation != "linear" for site in sites):
-            return None
-        value = sites[0].operands[Slot.INPUT].value
-        norm = value.producer()
-        readers = {site.product.name for site in sites if site.product is not None}
-        if norm is None or norm.op_type != NORM or norm not in self.piece.nodes or value.is_graph_output():
-            return None
-        alone = {user.name for user in value.consumers()} <= readers
-        return norm if alone and all(v is None or v.is_initializer() for v in norm.inputs[1:]) else None
 
     def statistics(self, layer: str) -> InputStatistics:
         """See ``Block.statistics``."""
@@ -260,7 +127,7 @@ class GraphBlock:
 
     def write_bias(self, layer: str, value: Tensor) -> None:
         """See ``Block.write_bias``."""
-        found = self._bias(layer)
+        found = self._groups.bias(layer)
         assert found is not None, "there is no bias to write to"
         self.calibration.write(str(found.name), value)
 
@@ -289,7 +156,7 @@ class GraphBlock:
         self._refuse_late(group.layers, "scaled")
         if not bool((scale.isfinite() & (scale > 0)).all()):
             raise UserError(f"layer '{group.layers[0]}': a scale of its input is not positive and finite")
-        norm = self._norm(group.layers)
+        norm = self._groups.norm(group.layers)
         if self._sites[group.layers[0]].facts.operation == "conv":
             assert group.fold is not None
             self._divide_maker(group.fold.producer, scale)
@@ -311,7 +178,7 @@ class GraphBlock:
     def set_input_rotation(self, group: InputGroup, block_size: int) -> None:
         """See ``Block.set_input_rotation``: nodes in front of the layers."""
         self._refuse_late(group.layers, "rotated")
-        if not self._has_own_weights(group.layers):
+        if not self._groups.has_own_weights(group.layers):
             raise UserError(f"layer '{group.layers[0]}': only inputs of linear layers can be rotated")
         turn = partial(rotate, block_size=block_size)
         turned = {name: turn(self.read_weight(name)) for name in group.layers}

@@ -24,7 +24,6 @@ from octavo.numerics.snapshot import LayerSnapshot
 from octavo.numerics.statistics import Need
 from octavo.numerics.store import Store
 from octavo.onnx.beside import extras_of, tensors_of
-from octavo.onnx.blocks import GraphWalk
 from octavo.onnx.calibration import Calibration, observers_of, update
 from octavo.onnx.graph import GraphSite, facts_of, find_sites, macs_of, measured
 from octavo.onnx.marked import Found, Range, marked, quantizers_of, rounded, simulated
@@ -35,6 +34,7 @@ from octavo.onnx.sessions import session_of
 from octavo.onnx.skeleton import filled, write_skeleton
 from octavo.onnx.snapshot import GraphSnapshot
 from octavo.onnx.storage import not_simulated
+from octavo.onnx.walk import GraphWalk
 from octavo.sources.feeding import feed
 from octavo.sources.graphs import GRAPH_FILE, Arrays, GraphModule
 from octavo.spec.facts import ModelFacts, Slot
