@@ -13,6 +13,7 @@ from torch import Tensor
 
 from octavo.numerics.block import Block, InputGroup
 from octavo.numerics.layer_scales import Readings
+from octavo.numerics.rescaling import power_scale
 from octavo.numerics.statistics import Need
 from octavo.spec.steps import SmoothQuant
 
@@ -50,12 +51,12 @@ class SmoothQuantAlgorithm:
 
     def _scale(self, block: Block, group: InputGroup, amax_x: Tensor, amax_w: Tensor) -> Tensor:
         if self.options.alpha != "search":
-            return group.tie(smoothing_scale(amax_x, amax_w, self.options.alpha))
+            return group.tie(power_scale(amax_x, amax_w, self.options.alpha))
         if group.columns is not None and group.columns.ndim > 1:  # a convolution in groups
-            return group.tie(smoothing_scale(amax_x, amax_w, _ALPHA_UNSEEN))
+            return group.tie(power_scale(amax_x, amax_w, _ALPHA_UNSEEN))
         judge = Readings.of(block, group).judge(block, lambda known: known.mean_square)
         alphas = torch.linspace(0, _MOST_ALPHA, _NUM_ALPHAS, dtype=torch.float64).tolist()
-        scales = [group.tie(smoothing_scale(amax_x, amax_w, alpha)) for alpha in alphas]
+        scales = [group.tie(power_scale(amax_x, amax_w, alpha)) for alpha in alphas]
         return min([torch.ones_like(amax_x), *scales], key=lambda scale: judge.loss(group.per_column(scale)))
 
     @staticmethod
@@ -73,25 +74,3 @@ def channel_amax(values: Tensor, group: InputGroup) -> Tensor:
     if group.columns is None:
         return values
     return values.new_zeros(group.num_channels).scatter_reduce(0, group.columns, values, "amax")
-
-
-def smoothing_scale(amax_x: Tensor, amax_w: Tensor, alpha: float) -> Tensor:
-    """Per-channel factors that move outliers from activations into weights.
-
-    SmoothQuant, equation 4 (arXiv:2211.10438). Dividing ``x`` by the result and multiplying the columns of ``w`` by it
-    leaves ``x @ w.T`` unchanged.
-
-    Args:
-        amax_x: ``(in_features,)`` largest absolute activation of each channel.
-        amax_w: ``(in_features,)`` largest absolute weight of each channel.
-        alpha: 0 keeps the activations as they are; 1 moves all of their range.
-
-    Returns:
-        ``(in_features,)``, positive; its geometric mean over the channels that were active is 1, so that weights and
-        activations keep their order of magnitude. A channel that was never active, or never used, gets 1.
-    """
-    live = (amax_x > 0) & (amax_w > 0)
-    scale = amax_x.clamp(min=1e-20).pow(alpha) / amax_w.clamp(min=1e-20).pow(1 - alpha)
-    logs = torch.where(live, scale.log(), 0.0)
-    mean = logs.sum() / live.sum().clamp(min=1)
-    return torch.where(live, (logs - mean).exp().clamp(1e-5, 1e5), 1.0)

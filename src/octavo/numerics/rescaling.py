@@ -136,12 +136,13 @@ def power_scale(up: Tensor, down: Tensor | None, alpha: float) -> Tensor:
     """``up^alpha / down^(1 - alpha)``, or ``up^alpha`` alone, with a geometric mean of 1.
 
     SmoothQuant (arXiv:2211.10438), equation 4, with the largest inputs and weights; AWQ (arXiv:2306.00978), equation 5,
-    with the size of the inputs alone.
+    with the size of the inputs alone. Dividing ``x`` by it and multiplying the columns of ``w`` by it leaves
+    ``x @ w.T`` unchanged; the mean of 1 lets both keep their order of magnitude.
 
     Args:
         up: ``(I,)`` size of the inputs.
         down: ``(I,)`` size of the weights' columns.
-        alpha: 0 to 1.
+        alpha: 0 keeps the inputs as they are; 1 moves all of their range.
 
     Returns:
         ``(I,)`` between 1e-4 and 1e4; 1 for a channel that was never active or never used.
