@@ -15,6 +15,7 @@ from torch import Tensor
 
 from octavo.numerics.block import Fold, InputGroup
 from octavo.numerics.hadamard import rotate
+from octavo.numerics.input_rounding import roundings_of
 from octavo.numerics.qtensor import QTensor, fake_quantize
 from octavo.numerics.statistics import Gatherer, InputStatistics, Need
 from octavo.spec.facts import Slot
@@ -188,14 +189,17 @@ class TensorBlock:
             self.kept += [(output.detach(),)] if Need.OUTPUTS in needs else []
         self.gathered = {name: ear.statistics() for name, ear in ears.items()}
 
-    def gather_again(self, layers: Sequence[str]) -> None:
-        again = {name: Gatherer(self.needs & {Need.GRAM, Need.CROSS}) for name in layers}
+    def gather_again(self, layers: Sequence[str], *, rounded: bool = False) -> None:
+        roundings = roundings_of(self, layers) if rounded else {}
+        needs = self.needs & {Need.GRAM, Need.CROSS}
+        again = {name: Gatherer(needs | {Need.CROSS} if name in roundings else needs) for name in layers}
         for batch in self.batches:
             full, live = ({name: Heard() for name in layers} for _ in range(2))
             self._forward(batch, self.unrounded if Need.UNROUNDED in self.needs else {}, full)
             self._forward(batch, {}, live)
             for name, gatherer in again.items():
-                gatherer.update(live[name].rows, full[name].rows)
+                rows = live[name].rows
+                gatherer.update(rows, full[name].rows, rounded=roundings[name](rows) if name in roundings else None)
         self.gathered |= {name: gatherer.statistics() for name, gatherer in again.items()}
 
     @property

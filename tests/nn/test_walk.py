@@ -175,6 +175,45 @@ def test_what_is_gathered_again_is_what_layers_meet_by_then() -> None:
     assert not torch.allclose(full, live, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("preset", ["int8", "int8-dynamic", "nvfp4", "mxfp4", "fp8"])
+def test_inputs_are_told_as_their_quantizers_will_round_them(preset: str) -> None:
+    model, batch = made("llama")
+    door = prepared(model, batch, load_recipe(preset).leave("*down_proj"))
+    names = [f"model.layers.0.{part}_proj" for part in ("self_attn.q", "self_attn.o", "mlp.up")]
+    with Store() as store, door.evaluating():
+        block = next(iter(walked(door, [batch], store)))
+        block.gather(frozenset({Need.GRAM}))
+        before = {name: block.statistics(name) for name in names}
+        block.gather_again(block.layers(), rounded=True)
+        found = {name: block.statistics(name) for name in names}
+        block.settle()
+    heard: dict[str, Tensor] = {}
+    twin = made("llama")[0]
+    for name in names:
+        twin.get_submodule(name).register_forward_pre_hook(lambda m, args, name=name: heard.update({name: args[0]}))
+    outputs(twin, batch)
+    for name, x in heard.items():
+        rows = x.flatten(0, -2)
+        rounded = model.get_submodule(name).input_quantizer(x).flatten(0, -2)
+        assert not torch.equal(rows, rounded)
+        torch.testing.assert_close(found[name].gram, rounded.T @ rounded, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found[name].cross, rows.T @ rounded, rtol=1e-4, atol=1e-4)
+        assert torch.equal(found[name].amax, before[name].amax)
+
+
+def test_inputs_that_two_layers_round_in_two_ways_are_taken_as_they_are() -> None:
+    model, batch = made("llama")
+    door = prepared(model, batch, load_recipe("int8-dynamic").leave("*layers.0.self_attn.k_proj.input_quantizer"))
+    q = "model.layers.0.self_attn.q_proj"
+    with Store() as store, door.evaluating():
+        block = next(iter(walked(door, [batch], store)))
+        block.gather(frozenset({Need.GRAM}))
+        before = block.statistics(q).gram
+        block.gather_again(block.layers(), rounded=True)
+        assert torch.equal(block.statistics(q).gram, before)
+        assert block.statistics(q).cross is None
+
+
 def test_layers_that_read_one_tensor_are_one_group_with_one_sum() -> None:
     model, batch = made("llama")
     door = prepared(model, batch)

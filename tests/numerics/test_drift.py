@@ -66,3 +66,31 @@ def test_what_cannot_be_told_leaves_weights_as_they_are() -> None:
     assert torch.equal(compensated(WEIGHT, sums(full * 0, full * 0), 0.01), WEIGHT)
     assert torch.equal(compensated(WEIGHT, sums(full, full), 0.01), WEIGHT)
     assert torch.equal(compensated(WEIGHT, sums(full * 1e25, full * 1e25), 0.01), WEIGHT)
+
+
+def rounded_sums(rows: Tensor, rounded: Tensor) -> InputStatistics:
+    gatherer = Gatherer({Need.GRAM, Need.CROSS})
+    gatherer.update(rows, rounded=rounded)
+    return gatherer.statistics()
+
+
+def test_faith_is_one_more_row_for_each_row_without_noise() -> None:
+    rows = normal(1 << 17, WIDTH, seed=2) * torch.logspace(0, -2, WIDTH)  # many: nothing is held to be luck
+    noisy = rows + 0.05 * normal(1 << 17, WIDTH, seed=3)
+    found = compensated(WEIGHT, rounded_sums(rows, noisy), 1e-6, faith=2.0)
+    stacked = torch.cat([noisy.double(), 2.0**0.5 * rows.double()])
+    wanted = torch.cat([rows.double(), 2.0**0.5 * rows.double()]) @ WEIGHT.double().T
+    torch.testing.assert_close(found.double(), torch.linalg.lstsq(stacked, wanted).solution.T, rtol=0.02, atol=2e-3)
+
+
+def test_noise_in_weak_directions_is_left_out_and_signal_kept() -> None:
+    """Other rows err less than with the weight as it was; with faith, outputs of rows without noise change less."""
+    strengths = torch.logspace(0, -2, WIDTH)
+    rows, others = normal(4096, WIDTH, seed=2) * strengths, normal(4096, WIDTH, seed=4) * strengths
+    noise, other_noise = 0.05 * normal(4096, WIDTH, seed=3), 0.05 * normal(4096, WIDTH, seed=5)
+    known = rounded_sums(rows, rows + noise)
+    plain = error(WEIGHT, others, others + other_noise)
+    full, faithful = (compensated(WEIGHT, known, 0.01, faith=faith) for faith in (0.0, 1.0))
+    errors = [error(weight, others, others + other_noise) for weight in (full, faithful)]
+    assert errors[0] < errors[1] < 0.8 * plain
+    assert error(faithful, others, others) < 0.5 * error(full, others, others)

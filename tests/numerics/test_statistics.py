@@ -70,3 +70,17 @@ def test_rows_that_are_not_finite_are_refused_and_leave_nothing(bad: float) -> N
     assert found.count == 300
     assert found.gram is not None
     assert bool(found.gram.isfinite().all())
+
+
+def test_products_are_of_rounded_rows_and_ranges_of_the_others() -> None:
+    rounded = ROWS.round()
+    gatherer = Gatherer(Need)
+    gatherer.update(ROWS, rounded=rounded)
+    found = gatherer.statistics()
+    assert found.gram is not None
+    assert found.cross is not None
+    assert found.drift is not None
+    close(found.gram, rounded.double().T @ rounded.double())
+    close(found.cross, ROWS.double().T @ rounded.double())
+    close(found.drift, (ROWS - rounded).double().T @ (ROWS - rounded).double())
+    assert torch.equal(found.amax, ROWS.abs().amax(0))

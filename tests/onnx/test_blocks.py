@@ -14,7 +14,7 @@ from torch import Tensor
 from hand_made_graphs import add, empty, finish, initializer
 from octavo import pipeline
 from octavo.errors import UserError
-from octavo.numerics.qtensor import quantize
+from octavo.numerics.qtensor import fake_quantize, quantize
 from octavo.numerics.statistics import Need
 from octavo.numerics.store import Store
 from octavo.onnx.blocks import GraphBlock
@@ -145,6 +145,24 @@ def test_what_is_gathered_again_is_what_layers_meet_by_then(tmp_path: Path) -> N
     assert torch.allclose(found.gram, live.T @ live, rtol=1e-3, atol=1e-2)
     assert torch.allclose(found.cross, full.T @ live, rtol=1e-3, atol=1e-2)
     assert not torch.allclose(found.cross, found.gram, rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("preset", ["int8", "int8-dynamic"])
+def test_inputs_are_told_as_their_quantizers_will_round_them(tmp_path: Path, preset: str) -> None:
+    door = door_on_sample(open_model(graph(tmp_path / "g.onnx")), {"x": X})
+    door.prepare(resolve(read_recipe(f"extends: {preset}", "r.yaml"), door.facts(), ""))
+    with Store() as store:
+        block = next(iter(door.walk(DATA, store, is_quantized=False, keeps_unquantized=False)))
+        block.gather(frozenset({Need.GRAM}))
+        block.gather_again(block.layers(), rounded=True)
+        found, spec = block.statistics("0.up"), block.input_spec("0.up")
+    assert spec is not None
+    rows = torch.nn.functional.layer_norm(X, (WIDTH,)) * torch.where(torch.arange(WIDTH) % 16 == 0, 50.0, 1.0)
+    rounded = fake_quantize(rows, spec.format)
+    assert torch.allclose(found.gram, rounded.T @ rounded, rtol=1e-3, atol=1e-1)
+    assert torch.allclose(found.cross, rows.T @ rounded, rtol=1e-3, atol=1e-1)
+    assert not torch.allclose(found.cross, rows.T @ rows, rtol=1e-3, atol=1e-1)
+    assert torch.allclose(found.amax, rows.abs().amax(0))
 
 
 @pytest.mark.parametrize("inputs", ["quantized", "unquantized"])

@@ -3,6 +3,9 @@
 ``asymmetric`` is the calibration of GPTAQ (arXiv:2504.02692): the weight first moves to where it best serves the
 drifted inputs that quantized layers before give. All layers know their drift with ``sequential``, which looks at inputs
 again once the layers before are rounded; without it only those that read the block's own input do.
+
+``rounded_inputs`` takes what an input's own quantizer rounds away as drift, too; ``numerics.drift`` says why that is
+made up for with restraint.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ from octavo.numerics.scale_search import search_scales
 from octavo.numerics.statistics import Need
 from octavo.numerics.weighting import PLAIN, Weighting
 from octavo.spec.steps import Gptq
+
+_FAITH = 1.0  # to what a weight does to inputs without noise, where some of the drift is their rounding
 
 
 class GptqAlgorithm:
@@ -37,9 +42,13 @@ class GptqAlgorithm:
     def apply(self, block: Block, layers: Sequence[str]) -> dict[str, str]:
         """Fix every weight, those that read one tensor after those whose outputs make it."""
         left = {layer: reason for layer in layers if (reason := why_not_searched(block, layer, "gram"))}
-        for number, together in enumerate(_in_turn(block, [layer for layer in layers if layer not in left])):
-            if number and self.options.sequential:
-                block.gather_again(together)
+        chosen, options = [layer for layer in layers if layer not in left], self.options
+        rounded = [layer for layer in chosen if block.input_spec(layer) is not None] if options.rounded_inputs else []
+        if rounded and not options.sequential:
+            block.gather_again(rounded, rounded=True)
+        for number, together in enumerate(_in_turn(block, chosen)):
+            if options.sequential and (number or set(together) & set(rounded)):
+                block.gather_again(together, rounded=options.rounded_inputs)
             for layer in together:
                 self._fix(block, layer)
         return left
@@ -47,8 +56,8 @@ class GptqAlgorithm:
     def _fix(self, block: Block, layer: str) -> None:
         statistics, options = block.statistics(layer), self.options
         weight, fmt, gram = block.read_weight(layer), block.weight_spec(layer).format, statistics.expected_gram
-        if options.asymmetric and statistics.cross is not None:
-            weight = compensated(weight, statistics, options.damping)
+        if (options.asymmetric or options.rounded_inputs) and statistics.cross is not None:
+            weight = compensated(weight, statistics, options.damping, faith=_FAITH if options.rounded_inputs else 0.0)
         measures = {"plain": PLAIN, "importance": Weighting(importance=gram.diagonal()), "gram": Weighting(gram=gram)}
         scale, zero_point = search_scales(weight, fmt, measures[options.scales], outer=agreed_outer(block, layer))
         how = Feedback(options.damping, options.act_order, options.block_size, options.sweeps)

@@ -26,6 +26,7 @@ from octavo.nn.quantizer import Mode, Quantizer
 from octavo.nn.stacks import StackedMatrix
 from octavo.numerics.block import InputGroup, site_of
 from octavo.numerics.block_state import BlockState
+from octavo.numerics.input_rounding import roundings_of
 from octavo.numerics.qtensor import QTensor
 from octavo.numerics.statistics import InputStatistics, Need
 from octavo.numerics.store import Store
@@ -291,7 +292,7 @@ class TorchBlock:
         self._heard.take(ears)
 
     @torch.no_grad()
-    def gather_again(self, layers: Sequence[str]) -> None:
+    def gather_again(self, layers: Sequence[str], *, rounded: bool = False) -> None:
         """See ``Block.gather_again``."""
         pairs = Need.CROSS in self._needs and self._around.keeps_full
         sites = {site_of(name) for name in layers}
@@ -303,6 +304,7 @@ class TorchBlock:
             num_batches,
             pairs=pairs,
             leader=self._heard.leader,
+            rounding=roundings_of(self, layers) if rounded else {},
             enough=self._heard.once_heard(chosen, num_batches),
         )
         with self._parts.posts.listening(ears, after=True), self._unquantized():

@@ -8,7 +8,9 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
+from octavo.backends.simulate import loops_for
 from octavo.nn.block_layers import BlockLayer
+from octavo.numerics.input_rounding import InputRounding
 from octavo.numerics.observers import NotFiniteError
 from octavo.numerics.statistics import Gatherer, Need, kept_rows
 
@@ -27,6 +29,7 @@ class Ears:
         pairs: Inputs come by the unquantized path first, and then by the quantized one.
         leader: Layer -> the first that reads the same tensor, where that is known; pairs are then of interest for all
             of them, else for those that read what the first layer reads.
+        rounding: Layer -> how its input will be rounded: sums are then of what weights meet, and ``CROSS`` is there.
         enough: Inputs of modules after which a forward is ended by ``Enough``; 0: it runs to its end.
     """
 
@@ -38,6 +41,7 @@ class Ears:
         *,
         pairs: bool,
         leader: Mapping[str, str] | None = None,
+        rounding: Mapping[str, InputRounding] | None = None,
         enough: int = 0,
     ) -> None:
         self.layers = layers
@@ -45,6 +49,7 @@ class Ears:
         self.needs = needs if pairs else needs - {Need.CROSS}
         self.leader: dict[str, str] = dict(leader or {})
         self._pairs_all = leader is not None
+        self._rounding = rounding or {}
         self.channels: dict[str, int] = {}
         self.gatherers: dict[str, Gatherer] = {}
         self._heard: dict[tuple[int, int, object], tuple[Tensor, int, str]] = {}
@@ -108,10 +113,14 @@ class Ears:
 
     def _take(self, name: str, x: Tensor, pair: tuple[Tensor, Tensor | None], needs: frozenset[Need]) -> None:
         rows, full = pair
+        rounding, rounded = self._rounding.get(name), None
+        if rounding is not None:
+            rows, needs = rows.detach().float().contiguous(), needs | {Need.CROSS}
+            rounded = rounding(rows, loops_for(rows, rounding.format))
         kept = kept_rows(self.tokens, x.shape, rows.shape[0])  # what an expert gets is no text
         kept = None if kept is None else kept.to(rows.device)
         try:
-            self.gatherers.setdefault(name, Gatherer(needs, self.num_batches)).update(rows, full, kept)
+            self.gatherers.setdefault(name, Gatherer(needs, self.num_batches)).update(rows, full, kept, rounded=rounded)
         except NotFiniteError as error:
             raise NotFiniteError(f"layer '{name}': {error}") from error
 

@@ -256,11 +256,17 @@ class Block(Protocol):
         """One pass in full precision over ``inputs``, which gathers all statistics and ranges."""
         ...
 
-    def gather_again(self, layers: Sequence[str]) -> None:
+    def gather_again(self, layers: Sequence[str], *, rounded: bool = False) -> None:
         """One pass over ``inputs`` for the sums of ``layers`` alone, as the weights that are fixed by now make them.
 
         ``GRAM`` and ``CROSS`` where they were asked for; the latter with what the layers would read in the unquantized
         model, for which it needs ``UNROUNDED``.
+
+        Args:
+            layers: Whose sums are wanted.
+            rounded: Inputs are taken as their quantizers will round them, where that can be told
+                (``numerics.input_rounding``); ``CROSS`` is then there for these layers, and where it was not asked for
+                it is with what they are before.
         """
         ...
 

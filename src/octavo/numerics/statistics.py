@@ -179,11 +179,23 @@ class Gatherer:
         self._parts: dict[str, Tensor] = {}
         self.count = 0
 
-    def update(self, rows: Tensor, full: Tensor | None = None, kept: Tensor | None = None) -> None:
-        """Take in ``(num_rows, in_features)`` of any float dtype, and the same rows from the unquantized path.
+    def update(
+        self,
+        rows: Tensor,
+        full: Tensor | None = None,
+        kept: Tensor | None = None,
+        *,
+        rounded: Tensor | None = None,
+    ) -> None:
+        """Take in some rows.
 
-        ``kept`` (``(num_rows,)``, bool) leaves rows of padding out of all sums. Ranges are of every row: the model will
-        read such rows, too.
+        Args:
+            rows: ``(num_rows, in_features)`` of any float dtype.
+            full: The same rows from the unquantized path.
+            kept: ``(num_rows,)``, bool: leaves rows of padding out of all sums. Ranges are of every row: the model
+                will read such rows, too.
+            rounded: ``rows`` as the input's quantizer makes them: products are of these, ``CROSS`` with ``full``, or
+                with ``rows`` where there is none.
 
         Raises:
             NotFiniteError: NaN or inf among them; nothing of them was taken in.
@@ -198,22 +210,24 @@ class Gatherer:
         self._extreme("high", high, torch.maximum)
         if kept is not None:
             rows, full = rows[kept], None if full is None else full[kept]
+            rounded = None if rounded is None else rounded[kept]
         self.count += rows.shape[0]
         if not rows.shape[0]:
             return
         if Need.MEAN in self.needs:
             self._add("total", rows.sum(0))
+        met = rows if rounded is None else rounded
         if self.needs & {Need.GRAM, Need.SAMPLED_GRAM}:
-            chosen = rows[:: self._chosen_stride(rows)]
+            chosen = met[:: self._chosen_stride(met)]
             self._num_gram_rows += len(chosen)
             add_gram(self._zeros("gram", rows), chosen)
         elif Need.MEAN_SQUARE in self.needs:
-            self._add("squares", torch.einsum("ri,ri->i", rows, rows))
+            self._add("squares", torch.einsum("ri,ri->i", met, met))
         if Need.CROSS in self.needs:
-            assert full is not None, "CROSS needs the rows of the unquantized path"
-            full = full.detach().float()
-            self._zeros("cross", rows).addmm_(full.T, rows)
-            add_gram(self._zeros("drift", rows), full - rows)
+            assert full is not None or rounded is not None, "CROSS needs the rows of the unquantized path"
+            full = rows if full is None else full.detach().float()
+            self._zeros("cross", met).addmm_(full.T, met)
+            add_gram(self._zeros("drift", met), full - met)
 
     def statistics(self) -> InputStatistics:
         """Everything so far."""

@@ -14,6 +14,7 @@ from octavo.numerics.arrays import tensor_of
 from octavo.numerics.block import InputGroup
 from octavo.numerics.block_state import BlockState
 from octavo.numerics.hadamard import rotate
+from octavo.numerics.input_rounding import InputRounding, roundings_of
 from octavo.numerics.qtensor import QTensor
 from octavo.numerics.statistics import InputStatistics, Need
 from octavo.numerics.tensor_error import relative_error
@@ -260,9 +261,10 @@ class GraphBlock:
                 self._next_full.append(self.walk.keep({n: other[n] for n in self.piece.outputs}))
         self._statistics = rows.statistics()
 
-    def gather_again(self, layers: Sequence[str]) -> None:
+    def gather_again(self, layers: Sequence[str], *, rounded: bool = False) -> None:
         """See ``Block.gather_again``: the graph has its weights in full precision, and fixed ones for as long."""
-        again = self._rows(layers, self._needs & {Need.GRAM, Need.CROSS}, pairs_all=True)
+        rounding = roundings_of(self, layers) if rounded else {}
+        again = self._rows(layers, self._needs & {Need.GRAM, Need.CROSS}, pairs_all=True, rounding=rounding)
         fixed = [name for name in self._layers if name in self.calibration.weights]
         full = PieceSession(self.calibration.model, self.piece, again.tensors) if self.walk.keeps else None
         with self.calibration.computing_with_fixed(fixed):
@@ -272,9 +274,17 @@ class GraphBlock:
             again.take(index, session.run(self.walk.get(self.walk.live[index])), other)
         self._statistics |= again.statistics()
 
-    def _rows(self, layers: Iterable[str], needs: frozenset[Need], *, pairs_all: bool = False) -> Rows:
+    def _rows(
+        self,
+        layers: Iterable[str],
+        needs: frozenset[Need],
+        *,
+        pairs_all: bool = False,
+        rounding: Mapping[str, InputRounding] | None = None,
+    ) -> Rows:
         sites = {name: self._sites[name] for name in layers}
-        return Rows(sites, needs if self.walk.keeps else needs - {Need.CROSS}, self.walk.tokens, pairs_all=pairs_all)
+        needs = needs if self.walk.keeps else needs - {Need.CROSS}
+        return Rows(sites, needs, self.walk.tokens, pairs_all=pairs_all, rounding=rounding)
 
     def _observed(self) -> list[str]:
         return self.calibration.observed_in(self._sites)

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from octavo.backends.simulate import loops_for
 from octavo.numerics.arrays import tensor_of
+from octavo.numerics.input_rounding import InputRounding
 from octavo.numerics.observers import NotFiniteError
 from octavo.numerics.statistics import Gatherer, InputStatistics, Need, kept_rows
 from octavo.onnx.convolutions import rows_of
@@ -53,6 +55,7 @@ class Rows:
         needs: What to gather.
         tokens: Of every batch that will come: which positions hold no padding.
         pairs_all: ``CROSS`` is of all of them, not only of those that read what the first one reads.
+        rounding: Layer -> how its input will be rounded: sums are then of what weights meet, and ``CROSS`` is there.
     """
 
     def __init__(
@@ -62,14 +65,18 @@ class Rows:
         tokens: Sequence[Tensor | None],
         *,
         pairs_all: bool = False,
+        rounding: Mapping[str, InputRounding] | None = None,
     ) -> None:
+        self._rounding = rounding or {}
         self._sites, self._tokens = sites, tokens
         self._read = {name: read_by(site) for name, site in sites.items() if has_rows(site)}
         self._leaders = {name: name if kernel_of(sites[name]) else tensor for name, tensor in self._read.items()}
         self._sources = {leader: layer for layer, leader in reversed(self._leaders.items())}
         first = next(iter(self._leaders.values()), "")
+        paired = {leader: needs if pairs_all or leader == first else needs - {Need.CROSS} for leader in self._sources}
+        rounded = {self._leaders[layer] for layer in self._rounding if layer in self._leaders}
         self._gatherers = {
-            leader: Gatherer(needs if pairs_all or leader == first else needs - {Need.CROSS}, len(tokens))
+            leader: Gatherer(paired[leader] | ({Need.CROSS} if leader in rounded else set()), len(tokens))
             for leader in dict.fromkeys(self._leaders.values())
         }
 
@@ -85,9 +92,13 @@ class Rows:
             site = self._sites[layer]
             rows = rows_at(site, found[name])
             other = None if full is None or Need.CROSS not in gatherer.needs else rows_at(site, full[name])
+            rounding, rounded = self._rounding.get(layer), None
+            if rounding is not None:
+                rows = rows.float().contiguous()
+                rounded = rounding(rows, loops_for(rows, rounding.format))
             kept = kept_rows(self._tokens[index], found[name].shape, len(rows))
             try:
-                gatherer.update(rows, other, kept)
+                gatherer.update(rows, other, kept, rounded=rounded)
             except NotFiniteError as error:
                 raise NotFiniteError(f"tensor '{name}': {error}") from error
 

@@ -67,6 +67,7 @@ class Gptq(Options):
     error scales are chosen beforehand, and ``sweeps`` how often codes and scales are gone over again afterwards.
     ``asymmetric`` moves weights to make up for the blocks before (arXiv:2504.02692). ``sequential`` lets layers learn
     from what those before them in the block were rounded to, for two more forwards up to there each time.
+    ``rounded_inputs`` lets weights make up for what the input's own quantizer rounds away, for one more forward.
     """
 
     name: ClassVar[str] = "gptq"
@@ -77,6 +78,7 @@ class Gptq(Options):
     sweeps: int = Field(default=2, ge=0)
     asymmetric: bool = False
     sequential: bool = False
+    rounded_inputs: bool = False
 
     @property
     def fixes(self) -> bool:
