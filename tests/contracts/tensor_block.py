@@ -64,6 +64,7 @@ class TensorBlock:
         self.kept: list[Sequence[Tensor]] = []
         self.needs: frozenset[Need] = frozenset()
         self.masks: dict[int, Tensor] = {}
+        self.rounds_inputs = False
 
     # What algorithms see
 
@@ -217,6 +218,9 @@ class TensorBlock:
         if name in ears:
             rows = x.flatten(0, -2)
             ears[name].update(rows, rows)
+        if self.rounds_inputs:
+            assert self.input_format is not None
+            x = fake_quantize(x, self.input_format)
         output = x @ given.get(name, self.weights[name]).float().T
         if name in self.branches:
             a, b = self.branches[name]

@@ -205,6 +205,38 @@ def test_layers_make_up_for_those_before_them_in_the_block(fmt):
     assert error_of("gptq", options, fmt=fmt, kind="many") < 0.95 * error_of("gptq", fmt=fmt, kind="many")
 
 
+@pytest.mark.parametrize("options", [{}, {"sequential": True}, {"sequential": True, "asymmetric": True}], ids=str)
+@pytest.mark.parametrize("inputs", ["mxfp4", "nvfp4", "int4-token"])
+def test_weights_make_up_for_the_rounding_of_their_inputs(inputs, options):
+    """Inputs that lie near few directions, as those of trained models do: in the others there is mostly noise."""
+    generator = torch.Generator().manual_seed(5)
+    spread = torch.logspace(0, -2, WIDTH).unsqueeze(1) * torch.randn(WIDTH, WIDTH, generator=generator)
+    errors = []
+    for rounded_inputs in (False, True):
+        reference, block = (block_of("many", "int8-channel", inputs) for _ in range(2))
+        reference.batches = block.batches = [batch @ spread for batch in block.batches]
+        ((_, algorithm),) = make_algorithms([make_step("gptq", {**options, "rounded_inputs": rounded_inputs})])
+        block.gather(frozenset(algorithm.needs))
+        algorithm.apply(block, block.layers())
+        block.rounds_inputs = True
+        errors.append(block.error(reference))
+    assert errors[1] < 0.97 * errors[0]
+
+
+@every_kind
+@pytest.mark.parametrize("inputs", ["mxfp4", "int8-tensor"])
+def test_no_inputs_break_what_makes_up_for_their_rounding(kind, inputs):
+    found = []
+    for _ in range(2):
+        block = block_of(kind, input_format=inputs)
+        ((_, algorithm),) = make_algorithms([make_step("gptq", {"rounded_inputs": True})])
+        block.gather(frozenset(algorithm.needs))
+        algorithm.apply(block, block.layers())
+        found.append(stored(block))
+        assert all(value.isfinite().all() for value in found[-1])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_a_layer_without_data_is_left_with_the_reason():
     block = block_of("random")
     block.batches = []

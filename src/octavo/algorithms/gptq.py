@@ -4,8 +4,8 @@
 drifted inputs that quantized layers before give. All layers know their drift with ``sequential``, which looks at inputs
 again once the layers before are rounded; without it only those that read the block's own input do.
 
-``rounded_inputs`` takes what an input's own quantizer rounds away as drift, too; ``numerics.drift`` says why that is
-made up for with restraint.
+``rounded_inputs`` takes what an input's own quantizer rounds away as drift, too; ``numerics.drift`` says why half
+of it is made up for.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from octavo.numerics.statistics import Need
 from octavo.numerics.weighting import PLAIN, Weighting
 from octavo.spec.steps import Gptq
 
-_FAITH = 1.0  # to what a weight does to inputs without noise, where some of the drift is their rounding
+_PART_OF_NOISE = 0.5  # of the step that makes up for drift, where drift is what an input's quantizer rounds away
 
 
 class GptqAlgorithm:
@@ -57,7 +57,8 @@ class GptqAlgorithm:
         statistics, options = block.statistics(layer), self.options
         weight, fmt, gram = block.read_weight(layer), block.weight_spec(layer).format, statistics.expected_gram
         if (options.asymmetric or options.rounded_inputs) and statistics.cross is not None:
-            weight = compensated(weight, statistics, options.damping, faith=_FAITH if options.rounded_inputs else 0.0)
+            part = _PART_OF_NOISE if options.rounded_inputs else 1.0
+            weight = compensated(weight, statistics, options.damping, part=part)
         measures = {"plain": PLAIN, "importance": Weighting(importance=gram.diagonal()), "gram": Weighting(gram=gram)}
         scale, zero_point = search_scales(weight, fmt, measures[options.scales], outer=agreed_outer(block, layer))
         how = Feedback(options.damping, options.act_order, options.block_size, options.sweeps)

@@ -12,7 +12,7 @@ _ROWS_ALIKE = 2.0
 """Rows of one text know of each other: so many tell as much as one."""
 
 
-def compensated(weight: Tensor, known: InputStatistics, damping: float, *, faith: float = 0.0) -> Tensor:
+def compensated(weight: Tensor, known: InputStatistics, damping: float, *, part: float = 1.0) -> Tensor:
     """The weight that serves drifted inputs best, before any rounding.
 
     With ``x`` the inputs of the unquantized model and ``y`` those that the quantized layers before give, the minimum
@@ -25,16 +25,16 @@ def compensated(weight: Tensor, known: InputStatistics, damping: float, *, faith
     ``u`` what it leaves, and ``c`` channels over the rows that are left. With few rows little of the step remains, and
     nothing with no more rows than channels.
 
-    Where the drift is noise (an input's own rounding), that weight gives way in directions in which there is much of it
-    and little signal, and so takes from the signal what no later layer can give back: it is lost in every row alike,
-    while noise differs from row to row and averages out. ``faith`` counts it more: the minimum is then of
-    ``|X W^T - Y V^T|^2 + faith |X (W - V)^T|^2``, with ``G + faith X^T X`` in place of ``G``.
+    Where the drift is noise (an input's own rounding), the step gives way in directions that hold much noise and little
+    signal. What it takes from the signal there is lost in every row alike, while noise differs from row to row and
+    averages out in later layers: the least squared error of one layer is then not the best for the model. Half of the
+    step (``part``) takes three quarters of what all of it gains, at half the loss of signal.
 
     Args:
         weight: ``(out_features, in_features)``.
         known: ``gram``, ``cross`` and ``drift`` of the layer's input.
         damping: Ridge, as a share of the mean diagonal of ``G``.
-        faith: How much more a change of the outputs of ``X`` itself counts.
+        part: Of the step.
 
     Returns:
         fp32 of ``weight``'s shape.
@@ -49,10 +49,9 @@ def compensated(weight: Tensor, known: InputStatistics, damping: float, *, faith
         return weight.float()
     gram, drift, before = known.gram.double() / mean, known.drift.double() / mean, weight.double()
     pull = before @ ((known.cross - known.gram).double() / mean)
-    whole = gram + faith * (drift + (known.cross + known.cross.T - known.gram).double() / mean)
-    step = torch.cholesky_solve(pull.T, factor(whole, damping)).T / whole.diagonal().mean()
+    step = torch.cholesky_solve(pull.T, factor(known.gram, damping)).T
     explained = 2 * (step * pull).sum(1) - ((step @ gram) * step).sum(1)
     unexplained = (((before @ drift) * before).sum(1) - explained).clamp(min=0)
     noise = _ROWS_ALIKE * weight.shape[1] / rows_left * unexplained
     share = 1 - noise / explained.clamp(min=torch.finfo(torch.float64).tiny)
-    return (before + step * share.clamp(0, 1).unsqueeze(1)).float()
+    return (before + part * step * share.clamp(0, 1).unsqueeze(1)).float()
