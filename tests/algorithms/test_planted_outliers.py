@@ -45,28 +45,32 @@ class Model(nn.Module):
         return x
 
 
-def batches(seed: int) -> list[torch.Tensor]:
+def batches(seed: int, width: int = 200) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(8, 24, 200, generator=generator) for _ in range(3)]
+    return [torch.randn(8, 24, width, generator=generator) for _ in range(3)]
 
 
-def lost(model: nn.Module, recipe: octavo.Recipe, reference: nn.Module) -> float:
+def lost(model: nn.Module, recipe: octavo.Recipe, reference: nn.Module, width: int = 200) -> float:
     """Mean cosine to the unquantized outputs that is missing from 1."""
-    octavo.quantize(model, recipe, batches(1))
+    octavo.quantize(model, recipe, batches(1, width))
     with torch.no_grad():
-        pairs = [(model(x).flatten(0, 1), reference(x).flatten(0, 1)) for x in batches(2)]
+        pairs = [(model(x).flatten(0, 1), reference(x).flatten(0, 1)) for x in batches(2, width)]
     return 1 - float(torch.cat([nn.functional.cosine_similarity(a.double(), b.double()) for a, b in pairs]).mean())
+
+
+def with_outliers(model: nn.Module) -> nn.Module:
+    """The same function."""
+    plain = copy.deepcopy(model)
+    plant((layer.norm1, (layer.q, layer.k, layer.v)) for layer in model.layers)
+    plant((layer.norm2, (layer.gate, layer.up)) for layer in model.layers)
+    x = batches(0, model.layers[0].q.in_features)[0]
+    torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-4)
+    return model
 
 
 @pytest.fixture(scope="module")
 def planted() -> nn.Module:
-    model = Model()
-    plain = copy.deepcopy(model)
-    plant((layer.norm1, (layer.q, layer.k, layer.v)) for layer in model.layers)
-    plant((layer.norm2, (layer.gate, layer.up)) for layer in model.layers)
-    x = batches(0)[0]
-    torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-4)
-    return model
+    return with_outliers(Model())
 
 
 @pytest.mark.parametrize("alpha", [0.5, "search"])
@@ -78,3 +82,16 @@ def test_smoothing_leaves_a_tenth_of_the_loss(planted, alpha):
     )
     assert plain > 1e-3
     assert smooth <= 0.1 * plain
+
+
+@pytest.mark.parametrize("preset", ["best:int8", "best:nvfp4", "best:mxfp4"])
+def test_own_choices_lose_no_more_where_there_are_outliers(preset):
+    """Rounding to nearest loses three times as much or more."""
+    reference, recipe = Model(256), octavo.load_recipe(preset)
+    plain = octavo.load_recipe(preset.removeprefix("best:"))
+    without, with_them, nearest = (
+        lost(made(copy.deepcopy(reference)), chosen, reference, 256)
+        for made, chosen in ((nn.Module.eval, recipe), (with_outliers, recipe), (with_outliers, plain))
+    )
+    assert with_them < 1.1 * without
+    assert nearest > 3 * with_them
