@@ -22,13 +22,17 @@ from typing import Any
 import torch
 from torch import nn
 
-RECIPES: dict[str, tuple[str, tuple[str, ...], float]] = {
+RECIPES: dict[str, tuple[str, tuple[str, ...], float | None]] = {
     "SmoothQuant, INT8": ("int8", ("smoothquant",), 2),
     "AWQ scale and clip, INT4 g128": ("int4-group", ("awq",), 4),
     "GPTQ, INT4 g128": ("int4-group", ("gptq",), 8),
     "SVDQuant, NVFP4": ("nvfp4", ("svdquant",), 6),
+    **{
+        name: (name, (), None)
+        for name in ("best:int8", "best:int4-group", "best:nvfp4-weight-only", "best:nvfp4", "best:mxfp4", "best:w4a8")
+    },
 }
-"""Name -> recipe, steps, and the most that it may cost."""
+"""Name -> recipe, steps (none: its own), and the most that it may cost."""
 
 PEER: dict[str, str] = {
     "SmoothQuant, INT8": "INT8_SMOOTHQUANT_CFG",
@@ -47,7 +51,8 @@ def _octavo() -> tuple[str, dict[str, Work]]:
     import octavo
 
     def work(recipe: str, steps: tuple[str, ...]) -> Work:
-        chosen = octavo.load_recipe(recipe).with_steps(*steps)
+        chosen = octavo.load_recipe(recipe)
+        chosen = chosen.with_steps(*steps) if steps else chosen
         return lambda model, batches: octavo.quantize(model, chosen, batches) and None
 
     return f"octavo {octavo.__version__}", {name: work(recipe, steps) for name, (recipe, steps, _) in RECIPES.items()}
@@ -125,7 +130,7 @@ def table(results: list[dict[str, Any]]) -> str:
     for name, (_, _, most) in RECIPES.items():
         cells = [_cell(result["ratios"].get(name)) for result in results]
         if any(cells):
-            lines.append([name, *cells, f"at most {most:g}"])
+            lines.append([name, *cells, "" if most is None else f"at most {most:g}"])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
