@@ -193,14 +193,17 @@ class TensorBlock:
     def gather_again(self, layers: Sequence[str], *, rounded: bool = False) -> None:
         roundings = roundings_of(self, layers) if rounded else {}
         needs = self.needs & {Need.GRAM, Need.CROSS}
-        again = {name: Gatherer(needs | {Need.CROSS} if name in roundings else needs) for name in layers}
+        again = {name: Gatherer(needs) for name in layers}
         for batch in self.batches:
             full, live = ({name: Heard() for name in layers} for _ in range(2))
             self._forward(batch, self.unrounded if Need.UNROUNDED in self.needs else {}, full)
             self._forward(batch, {}, live)
             for name, gatherer in again.items():
-                rows = live[name].rows
-                gatherer.update(rows, full[name].rows, rounded=roundings[name](rows) if name in roundings else None)
+                rows, by = live[name].rows, roundings.get(name)
+                rounds = {} if by is None else {"outer_scale": by.scale, "zero_point": by.zero_point}
+                gatherer.update(
+                    rows, full[name].rows, rounded=None if by is None else fake_quantize(rows, by.format, **rounds)
+                )
         self.gathered |= {name: gatherer.statistics() for name, gatherer in again.items()}
 
     @property

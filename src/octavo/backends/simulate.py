@@ -17,6 +17,7 @@ from octavo.backends.compiled import CompiledBackend
 from octavo.backends.gpu import GpuBackend
 from octavo.backends.inplace import InPlaceBackend
 from octavo.numerics import qtensor
+from octavo.numerics.input_rounding import InputRounding
 from octavo.numerics.scaling import expand_scale, from_blocks, to_blocks
 from octavo.spec.tensor_format import TensorFormat
 
@@ -54,6 +55,11 @@ def fake_quantize(x: Tensor, key: str, scale: Tensor | None, zero_point: Tensor 
     """
     out: Tensor = torch.ops.octavo.fake_quantize(x, scale, zero_point, key)
     return out
+
+
+def round_inputs(rows: Tensor, rounding: InputRounding) -> Tensor:
+    """``(num_rows, in_features)`` inputs of a layer as its quantizer will make them, fp32."""
+    return fake_quantize(rows.float(), format_key(rounding.format), rounding.scale, rounding.zero_point)
 
 
 def _compute(x: Tensor, scale: Tensor | None, zero_point: Tensor | None, format: str) -> Tensor:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from octavo.backends.simulate import loops_for
+from octavo.backends.simulate import round_inputs
 from octavo.nn.block_layers import BlockLayer
 from octavo.numerics.input_rounding import InputRounding
 from octavo.numerics.observers import NotFiniteError
@@ -113,10 +113,8 @@ class Ears:
 
     def _take(self, name: str, x: Tensor, pair: tuple[Tensor, Tensor | None], needs: frozenset[Need]) -> None:
         rows, full = pair
-        rounding, rounded = self._rounding.get(name), None
-        if rounding is not None:
-            rows, needs = rows.detach().float().contiguous(), needs | {Need.CROSS}
-            rounded = rounding(rows, loops_for(rows, rounding.format))
+        rounding = self._rounding.get(name)
+        rounded = None if rounding is None else round_inputs(rows, rounding)
         kept = kept_rows(self.tokens, x.shape, rows.shape[0])  # what an expert gets is no text
         kept = None if kept is None else kept.to(rows.device)
         try:

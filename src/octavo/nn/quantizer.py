@@ -24,7 +24,7 @@ from octavo.nn.packed import PackedTensor, blank_scale
 from octavo.nn.views import WeightView
 from octavo.numerics.observers import NotFiniteError, Observer, make_observer
 from octavo.numerics.qtensor import QTensor, quantize_scale
-from octavo.numerics.scaling import outer_scale_from_amax, scale_from_range
+from octavo.numerics.scaling import outer_scale_from_range
 from octavo.spec.facts import Slot
 from octavo.spec.plan import QuantizerSpec
 from octavo.spec.tensor_format import one_level
@@ -182,11 +182,7 @@ class ActivationQuantizer(Quantizer):
         self._cover(*(torch.tensor(value, device=self.scale.device) for value in (low, high)))
 
     def _cover(self, low: Tensor, high: Tensor) -> None:
-        fmt = self.spec.format
-        if fmt.is_nested:
-            self.set_range(outer_scale_from_amax(torch.maximum(-low, high), fmt), None)
-        else:
-            self.set_range(*scale_from_range(low, high, fmt))
+        self.set_range(*outer_scale_from_range(low, high, self.spec.format))
 
     def _round(self, x: Tensor) -> Tensor:
         return fake_quantize(x, self.format_key, self.scale, self.zero_point)

@@ -87,7 +87,6 @@ class Walk:
         self.model = model
         self.run = run
         self.store = store
-        self.is_quantized = is_quantized
         self.keeps_full = keeps_full and is_quantized
         self.batches: list[KeptTree] = []
         self.tokens: list[Tensor | None] = []

@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from octavo.numerics.block import Block
-from octavo.numerics.loops import Loops
-from octavo.numerics.qtensor import fake_quantize
-from octavo.numerics.scaling import outer_scale_from_amax, scale_from_range
+from octavo.numerics.scaling import outer_scale_from_range
 from octavo.numerics.statistics import InputStatistics
 from octavo.spec.plan import QuantizerSpec
 from octavo.spec.tensor_format import PerTensor, TensorFormat
@@ -19,12 +16,11 @@ from octavo.spec.tensor_format import PerTensor, TensorFormat
 
 @dataclass(frozen=True, slots=True, eq=False)
 class InputRounding:
-    """What a quantizer will do.
+    """What a quantizer will do: ``backends.simulate.round_inputs`` does it.
 
     Args:
         format: Of the input.
-        scale: Of a static format: what its range gives, or of a nested one the scale of its scales; ``None`` where
-            every call finds its own.
+        scale: Of the outermost level; ``None`` where every call finds its own.
         zero_point: Beside it.
     """
 
@@ -39,16 +35,7 @@ class InputRounding:
             return cls(spec.format)
         if spec.observer.name != "absmax" or known.low is None or known.high is None:
             return None
-        low, high = known.low.amin(), known.high.amax()
-        if spec.format.is_nested:
-            return cls(spec.format, outer_scale_from_amax(torch.maximum(-low, high), spec.format))
-        return cls(spec.format, *scale_from_range(low, high, spec.format))
-
-    def __call__(self, rows: Tensor, loops: Loops | None = None) -> Tensor:
-        """``(num_rows, in_features)`` rounded; ``loops`` as ``fake_quantize`` takes them."""
-        if self.format.is_nested:
-            return fake_quantize(rows, self.format, outer_scale=self.scale, loops=loops)
-        return fake_quantize(rows, self.format, scale=self.scale, zero_point=self.zero_point, loops=loops)
+        return cls(spec.format, *outer_scale_from_range(known.low.amin(), known.high.amax(), spec.format))
 
 
 def roundings_of(block: Block, layers: Iterable[str]) -> dict[str, InputRounding]:

@@ -167,6 +167,16 @@ def outer_scale_from_amax(amax: Tensor, fmt: TensorFormat) -> Tensor:
     return _scale(amax.float(), fmt, top)
 
 
+def outer_scale_from_range(low: Tensor, high: Tensor, fmt: TensorFormat) -> tuple[Tensor, Tensor | None]:
+    """Scales of the outermost level, and zero points, from the range of all that shares one of them.
+
+    A format that is not nested gets ``scale_from_range``; a nested one ``outer_scale_from_amax``, without zero points.
+    """
+    if fmt.is_nested:
+        return outer_scale_from_amax(torch.maximum(-low, high), fmt), None
+    return scale_from_range(low, high, fmt)
+
+
 def _scale(amax: Tensor, fmt: TensorFormat, top: float) -> Tensor:
     match fmt.scale_rule:
         case ScaleRule.AMAX | ScaleRule.FULL_RANGE | ScaleRule.FOUR_OVER_SIX:

@@ -194,8 +194,8 @@ class Gatherer:
             full: The same rows from the unquantized path.
             kept: ``(num_rows,)``, bool: leaves rows of padding out of all sums. Ranges are of every row: the model
                 will read such rows, too.
-            rounded: ``rows`` as the input's quantizer makes them: products are of these, ``CROSS`` with ``full``, or
-                with ``rows`` where there is none.
+            rounded: ``rows`` as the input's quantizer makes them: products are of these, and ``CROSS`` is there whether
+                it was asked for or not, with ``full``, or with ``rows`` where there is none.
 
         Raises:
             NotFiniteError: NaN or inf among them; nothing of them was taken in.
@@ -223,7 +223,7 @@ class Gatherer:
             add_gram(self._zeros("gram", rows), chosen)
         elif Need.MEAN_SQUARE in self.needs:
             self._add("squares", torch.einsum("ri,ri->i", met, met))
-        if Need.CROSS in self.needs:
+        if Need.CROSS in self.needs or rounded is not None:
             assert full is not None or rounded is not None, "CROSS needs the rows of the unquantized path"
             full = rows if full is None else full.detach().float()
             self._zeros("cross", met).addmm_(full.T, met)

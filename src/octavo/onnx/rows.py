@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from octavo.backends.simulate import loops_for
+from octavo.backends.simulate import round_inputs
 from octavo.numerics.arrays import tensor_of
 from octavo.numerics.input_rounding import InputRounding
 from octavo.numerics.observers import NotFiniteError
@@ -73,10 +73,8 @@ class Rows:
         self._leaders = {name: name if kernel_of(sites[name]) else tensor for name, tensor in self._read.items()}
         self._sources = {leader: layer for layer, leader in reversed(self._leaders.items())}
         first = next(iter(self._leaders.values()), "")
-        paired = {leader: needs if pairs_all or leader == first else needs - {Need.CROSS} for leader in self._sources}
-        rounded = {self._leaders[layer] for layer in self._rounding if layer in self._leaders}
         self._gatherers = {
-            leader: Gatherer(paired[leader] | ({Need.CROSS} if leader in rounded else set()), len(tokens))
+            leader: Gatherer(needs if pairs_all or leader == first else needs - {Need.CROSS}, len(tokens))
             for leader in dict.fromkeys(self._leaders.values())
         }
 
@@ -92,10 +90,8 @@ class Rows:
             site = self._sites[layer]
             rows = rows_at(site, found[name])
             other = None if full is None or Need.CROSS not in gatherer.needs else rows_at(site, full[name])
-            rounding, rounded = self._rounding.get(layer), None
-            if rounding is not None:
-                rows = rows.float().contiguous()
-                rounded = rounding(rows, loops_for(rows, rounding.format))
+            rounding = self._rounding.get(layer)
+            rounded = None if rounding is None else round_inputs(rows, rounding)
             kept = kept_rows(self._tokens[index], found[name].shape, len(rows))
             try:
                 gatherer.update(rows, other, kept, rounded=rounded)
